@@ -1,0 +1,161 @@
+"""Batch-Channel Normalization as a Linen module with nn.BatchNorm's calling convention."""
+
+from typing import Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wsbcn_flax.ops import RunningStats, batch_channel_norm
+from wsbcn_flax.ops._batch_channel_norm import Order, Rate, Statistics, check_options
+from wsbcn_flax.ops._checks import check_activation, check_groups, statistics_dtype
+
+Affine = Literal["group", "channel"]
+
+
+class BatchChannelNorm(nn.Module):
+    """Batch-Channel Normalization (BCN), for training with few images on each chip.
+
+        y   = batch_scale (x - mean) / sqrt(var + epsilon) + batch_bias        per channel
+        out = channel_scale (y - E[y]) / sqrt(Var[y] + epsilon) + channel_bias
+
+    with E and Var over the positions and channels of each group of each sample. See
+    ``wsbcn_flax.batch_channel_norm``, which computes it, for the statistics and their orders.
+    Parameters: ``batch_scale`` [C], ``batch_bias`` [C], ``channel_scale`` and ``channel_bias``
+    [num_groups] (or [C] with ``affine="channel"``). Collection ``batch_stats``: ``mean`` [C],
+    ``var`` [C], ``count`` [], which ``apply(..., mutable=["batch_stats"])`` returns updated.
+    Initialization updates nothing.
+
+    Attributes:
+        num_groups: groups of the channel part; divides C.
+        statistics: "estimate" (running estimates also in training) or "batch".
+        order: "update_first" (Algorithm 1) or "normalize_first" (split-invariant).
+        rate: the step of the running statistics, or a schedule from their count to it. It is one
+            minus ``nn.BatchNorm``'s momentum.
+        affine: the channel part's scale and bias per "group" (the authors') or per "channel".
+        axis_name: the device axes of ``pmap`` or ``shard_map`` to average statistics over; under
+            ``jit`` with shardings XLA inserts the collectives and this stays None.
+        epsilon: added to both variances.
+        dtype: of the output; that of x if None.
+        param_dtype: of the parameters.
+        use_running_average: evaluation: nothing is updated. Here or in the call.
+        scale_init: initializer of ``channel_scale``, zero for the last of a residual branch.
+        bias_init: initializer of ``channel_bias``.
+
+    Raises:
+        TypeError: if x is not floating-point.
+        ValueError: for an unknown option, groups that do not divide C, rank 1, an empty axis, a
+            mask of another shape, or training without ``mutable=["batch_stats"]``.
+
+    References:
+        Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, https://arxiv.org/abs/1903.10520
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from wsbcn_flax import BatchChannelNorm
+        >>> norm = BatchChannelNorm(num_groups=4, use_running_average=False)
+        >>> x = jax.random.normal(jax.random.key(0), (1, 8, 8, 16))
+        >>> variables = norm.init(jax.random.key(1), x)
+        >>> y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+        >>> variables = {**variables, **updates}
+        >>> float(variables["batch_stats"]["count"])
+        1.0
+    """
+
+    num_groups: int = 32
+    statistics: Statistics = "estimate"
+    order: Order = "update_first"
+    rate: Rate = 0.1
+    affine: Affine = "group"
+    axis_name: str | tuple[str, ...] | None = None
+    epsilon: float = 1e-5
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+    use_running_average: bool | None = None
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    def __post_init__(self):
+        check_options(
+            statistics=self.statistics, order=self.order, rate=self.rate, epsilon=self.epsilon
+        )
+        if self.affine not in get_args(Affine):
+            raise ValueError(f"affine must be one of {get_args(Affine)}, received {self.affine!r}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes x [B, ..., C].
+
+        Args:
+            x: activations, floating-point.
+            use_running_average: evaluation if true, training if false; here or as an attribute.
+            mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
+
+        Returns:
+            An array of x's shape, in ``dtype``.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        check_activation(x, caller="BatchChannelNorm")
+        features = x.shape[-1]
+        check_groups(features, self.num_groups, caller="BatchChannelNorm")
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        group_shape = (self.num_groups if self.affine == "group" else features,)
+        parameters = {
+            "batch_scale": self.param("batch_scale", ones, (features,), self.param_dtype),
+            "batch_bias": self.param("batch_bias", zeros, (features,), self.param_dtype),
+            "channel_scale": self.param(
+                "channel_scale", self.scale_init, group_shape, self.param_dtype
+            ),
+            "channel_bias": self.param(
+                "channel_bias", self.bias_init, group_shape, self.param_dtype
+            ),
+        }
+        running = self._running_stats(features, needs_update=not use_running_average)
+        y, new = batch_channel_norm(
+            x,
+            RunningStats(*(variable.value for variable in running)),
+            **parameters,
+            num_groups=self.num_groups,
+            statistics=self.statistics,
+            order=self.order,
+            rate=self.rate,
+            use_running_average=use_running_average,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            epsilon=self.epsilon,
+            mask=mask,
+            dtype=self.dtype,
+        )
+        if not (use_running_average or self.is_initializing()):
+            for variable, value in zip(running, new, strict=True):
+                variable.value = value
+        return y
+
+    def _running_stats(self, features: int, *, needs_update: bool) -> tuple[nn.Variable, ...]:
+        path = "/".join(self.path) or type(self).__name__
+        if not (self.is_initializing() or self.has_variable("batch_stats", "mean")):
+            raise ValueError(
+                f"{path} needs its running statistics, and `apply` received no batch_stats for it. "
+                'Pass {"params": params, "batch_stats": batch_stats}, both from `init`.'
+            )
+        if needs_update and not self.is_mutable_collection("batch_stats"):
+            raise ValueError(
+                f"{path} updates its running statistics in training, and `apply` was called with "
+                "batch_stats immutable. Call `y, updates = model.apply(variables, x, "
+                'mutable=["batch_stats"])` and carry updates["batch_stats"] to the next step; '
+                "for evaluation pass use_running_average=True."
+            )
+        fresh = RunningStats.fresh(features, statistics_dtype(self.param_dtype))
+        return tuple(
+            self.variable("batch_stats", name, lambda value=value: value)
+            for name, value in fresh._asdict().items()
+        )

@@ -1,0 +1,130 @@
+"""Flax's convolutions and dense layer with a standardized kernel."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wsbcn_flax.ops import StandardizationRule, standardize
+from wsbcn_flax.ops._rules import resolve_rule
+
+
+class _StandardizedKernel(nn.Module):
+    """Standardizes the parameter named ``kernel`` on its way from the module to its computation.
+
+    The stored parameter stays raw, so that the parameter tree is the plain layer's. Rules with a
+    learnable gain add ``gain`` [features].
+    """
+
+    @property
+    def _out_axis(self) -> int:
+        return -1
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Flax's ``Module.param``; the kernel comes back standardized."""
+        value = super().param(name, *args, **kwargs)
+        if name != "kernel":
+            return value
+        rule = resolve_rule(self.preset)
+        gain = None
+        if rule.learnable_gain:
+            shape = (value.shape[self._out_axis],)
+            gain = super().param("gain", nn.initializers.ones, shape, self.param_dtype)
+        return standardize(value, preset=rule, out_axis=self._out_axis, gain=gain)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer to floating-point ``inputs``, as the Flax layer of that name does."""
+        if not jnp.issubdtype(jnp.result_type(inputs), jnp.floating):
+            raise TypeError(
+                f"{type(self).__name__} needs floating-point inputs, received "
+                f"{jnp.result_type(inputs)} of shape {jnp.shape(inputs)}. Convert images first, "
+                "for example images.astype(jnp.float32) / 255."
+            )
+        return super().__call__(inputs)
+
+
+class WSConv(_StandardizedKernel, nn.Conv):
+    """``nn.Conv`` with Weight Standardization: same arguments, same parameters, 1-D to 3-D.
+
+    The kernel [*kernel_size, in / groups, features] is standardized for each output channel over
+    its other axes, in float32 or wider, before it is cast to ``dtype`` (and before ``mask`` is
+    applied): see ``wsbcn_flax.standardize`` for the formula. Meant for convolutions that a
+    normalization follows; leave the classifier head plain.
+
+    Attributes:
+        preset: the convention, "bcn" (default), "official", "official_tf", "bit", "timm", "nfnet",
+            "wn" or "cwn", or a ``StandardizationRule``. The last three names, having a learnable
+            gain, add a parameter ``gain`` [features].
+
+    Raises:
+        TypeError: for inputs that are not floating-point.
+        ValueError: for an unknown preset, or a fan-in of one.
+
+    References:
+        Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, https://arxiv.org/abs/1903.10520
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from wsbcn_flax import WSConv
+        >>> conv = WSConv(64, (3, 3), use_bias=False)
+        >>> variables = conv.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)))
+        >>> jax.tree.map(jnp.shape, variables)
+        {'params': {'kernel': (3, 3, 16, 64)}}
+    """
+
+    preset: str | StandardizationRule = "bcn"
+
+
+class WSConvTranspose(_StandardizedKernel, nn.ConvTranspose):
+    """``nn.ConvTranspose`` with Weight Standardization: same arguments, same parameters.
+
+    Output channels are the kernel's last axis, or its second to last with ``transpose_kernel``.
+
+    Attributes:
+        preset: the convention, as in ``WSConv``.
+
+    Raises:
+        TypeError: for inputs that are not floating-point.
+        ValueError: for an unknown preset, or a fan-in of one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from wsbcn_flax import WSConvTranspose
+        >>> conv = WSConvTranspose(8, (2, 2), strides=(2, 2))
+        >>> y, _ = conv.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 16)))
+        >>> y.shape
+        (1, 8, 8, 8)
+    """
+
+    preset: str | StandardizationRule = "bcn"
+
+    @property
+    def _out_axis(self) -> int:
+        return -2 if self.transpose_kernel else -1
+
+
+class WSDense(_StandardizedKernel, nn.Dense):
+    """``nn.Dense`` with Weight Standardization: same arguments, same parameters.
+
+    For dense layers that a normalization follows, inside a network; on the classifier head it
+    makes losses explode.
+
+    Attributes:
+        preset: the convention, as in ``WSConv``.
+
+    Raises:
+        TypeError: for inputs that are not floating-point.
+        ValueError: for an unknown preset, or a fan-in of one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from wsbcn_flax import WSDense
+        >>> dense = WSDense(8)
+        >>> y, variables = dense.init_with_output(jax.random.key(0), jnp.ones((4, 16)))
+        >>> jax.tree.map(jnp.shape, variables)
+        {'params': {'bias': (8,), 'kernel': (16, 8)}}
+    """
+
+    preset: str | StandardizationRule = "bcn"

@@ -1,0 +1,64 @@
+"""Checks of arguments that several operations share."""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_activation(x: jax.Array, *, caller: str) -> None:
+    """Raises unless ``x`` is a non-empty floating-point array [B, ..., C].
+
+    Raises:
+        TypeError: for integer, boolean or complex arrays.
+        ValueError: for fewer than two axes or an axis of length zero.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{caller} needs floating-point activations, received {x.dtype} of shape {x.shape}. "
+            "Convert first, for example images.astype(jnp.float32) / 255."
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"{caller} needs activations of shape [B, ..., C] (rank 2 or more), received rank "
+            f"{x.ndim} with shape {x.shape}. Add a batch axis: x[None]."
+        )
+    if 0 in x.shape:
+        raise ValueError(
+            f"{caller} needs at least one element along every axis, received shape {x.shape}. "
+            "Drop empty batches before the model."
+        )
+
+
+def check_groups(features: int, num_groups: int, *, caller: str) -> None:
+    """Raises ValueError unless ``num_groups`` is positive and divides ``features``."""
+    if num_groups < 1 or features % num_groups:
+        raise ValueError(
+            f"{caller} needs num_groups to divide the number of channels, received "
+            f"num_groups={num_groups} for {features} channels. Choose num_groups among "
+            f"{[g for g in range(1, features + 1) if features % g == 0]}."
+        )
+
+
+def check_mask(mask: jax.Array, x: jax.Array, *, caller: str) -> None:
+    """Raises ValueError unless ``mask`` broadcasts to ``x`` [B, ..., C] with a last axis of 1."""
+    fits = mask.ndim == x.ndim and mask.shape[-1] == 1
+    if not fits or any(m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)):
+        raise ValueError(
+            f"{caller} needs a mask of positions that broadcasts to x with a channel axis of 1, "
+            f"received mask {mask.shape} for x {x.shape}. "
+            f"A mask of samples is mask.reshape(-1{', 1' * (x.ndim - 1)})."
+        )
+
+
+def check_channels(features: int, *, caller: str, **arrays: jax.Array) -> None:
+    """Raises ValueError unless each named array has shape ``[features]``."""
+    for name, array in arrays.items():
+        if array.shape != (features,):
+            raise ValueError(
+                f"{caller} needs {name} of shape ({features},), one value per channel of x, "
+                f"received {array.shape}. Were the parameters made for another width?"
+            )
+
+
+def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype statistics of ``dtype`` are computed in: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)

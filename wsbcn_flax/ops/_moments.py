@@ -1,0 +1,77 @@
+"""Per-(sample, channel) moments in one pass, shifted so that the variance does not cancel."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wsbcn_flax.ops._checks import check_activation, check_mask, statistics_dtype
+
+
+class ChannelMoments(NamedTuple):
+    """Moments of an activation [B, ..., C] over its positions, per sample and channel.
+
+    Attributes:
+        shift: [B, C], a value of each channel, constant under differentiation.
+        mean: [B, C], the mean of x - shift.
+        var: [B, C], the biased variance of x, not negative.
+        weight: [B, 1], the number of unmasked positions; None without a mask.
+    """
+
+    shift: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    weight: jax.Array | None = None
+
+
+def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMoments:
+    """Mean and variance of every channel of every sample, from one pass over the activation.
+
+    With c the channel's value at the first position (zero where that is masked),
+
+        mean = E[x - c],    var = max(0, E[(x - c)^2] - mean^2),
+
+    in float32 or wider. A value of the data itself keeps the subtraction from cancelling however
+    far the mean is from zero: (c - E[x])^2 is at most the number of positions times the variance.
+
+    Args:
+        x: [B, ..., C], floating-point.
+        mask: broadcasts to x with a channel axis of 1; true or 1 where a position counts.
+
+    Raises:
+        TypeError: if x is not floating-point.
+        ValueError: for rank 1, an empty axis, or a mask that does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from wsbcn_flax.ops import channel_moments
+        >>> moments = channel_moments(jnp.array([[[1e4], [1e4 + 1]]]))
+        >>> print(moments.shift + moments.mean, moments.var)
+        [[10000.5]] [[0.25]]
+    """
+    check_activation(x, caller="channel_moments")
+    axes = tuple(range(1, x.ndim - 1))
+    x = x.astype(statistics_dtype(x.dtype))
+    first = x[(slice(None), *(0,) * len(axes))]
+    if mask is None:
+        shift = lax.stop_gradient(first)
+        centred = x - jnp.expand_dims(shift, axes)
+        mean, square = jnp.mean(centred, axes), jnp.mean(lax.square(centred), axes)
+        return ChannelMoments(shift, mean, _variance(mean, square))
+
+    check_mask(mask, x, caller="channel_moments")
+    mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(x.dtype)
+    is_first_valid = mask[(slice(None), *(0,) * len(axes))] > 0
+    shift = lax.stop_gradient(jnp.where(is_first_valid, first, 0))
+    # Select before multiplying: padding may hold anything, NaN included.
+    centred = jnp.where(mask > 0, x - jnp.expand_dims(shift, axes), 0)
+    weight = jnp.sum(mask, axes)
+    count = jnp.maximum(weight, 1)
+    mean = jnp.sum(mask * centred, axes) / count
+    square = jnp.sum(mask * lax.square(centred), axes) / count
+    return ChannelMoments(shift, mean, _variance(mean, square), weight)
+
+
+def _variance(mean: jax.Array, square: jax.Array) -> jax.Array:
+    return jnp.maximum(square - lax.square(mean), 0)

@@ -1,0 +1,97 @@
+"""The field's conventions of weight standardization, as data."""
+
+import dataclasses
+from typing import Literal
+
+Denominator = Literal["sqrt_var_plus_eps", "std_plus_eps", "sqrt_sum", "norm"]
+_DENOMINATORS = ("sqrt_var_plus_eps", "std_plus_eps", "sqrt_sum", "norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StandardizationRule:
+    """How a kernel is centred and divided, for each output channel over its fan-in of n weights.
+
+    With u = W - mean(W) if ``center`` else W, and s = sum(u^2), the kernel becomes
+    ``gain * u / denominator``, where the denominator is
+
+    ======================  ============================================
+    ``sqrt_var_plus_eps``   sqrt(s / m + epsilon)
+    ``std_plus_eps``        sqrt(s / m) + epsilon
+    ``sqrt_sum``            sqrt(max(s, epsilon)), s being var * n
+    ``norm``                sqrt(s + epsilon)
+    ======================  ============================================
+
+    and m is n - 1 if ``unbiased`` else n.
+
+    Attributes:
+        denominator: one of the four formulas above.
+        epsilon: the constant in it, in units of a weight squared (``std_plus_eps``: of a weight).
+        center: whether the mean is subtracted.
+        unbiased: whether the variance divides by n - 1.
+        learnable_gain: whether layers own a gain per output channel, initialized to one.
+
+    Raises:
+        ValueError: for an unknown denominator or an epsilon that is not positive.
+
+    Example:
+        >>> import dataclasses
+        >>> from wsbcn_flax.ops import PRESETS
+        >>> dataclasses.replace(PRESETS["timm"], epsilon=1e-8).epsilon  # timm's BiT models
+        1e-08
+    """
+
+    denominator: Denominator
+    epsilon: float
+    center: bool = True
+    unbiased: bool = False
+    learnable_gain: bool = False
+
+    def __post_init__(self):
+        if self.denominator not in _DENOMINATORS:
+            raise ValueError(
+                f"denominator must be one of {_DENOMINATORS}, received {self.denominator!r}."
+            )
+        if not self.epsilon > 0:
+            raise ValueError(
+                f"epsilon must be positive (a constant kernel divides by it), received {self.epsilon}."
+            )
+
+
+PRESETS: dict[str, StandardizationRule] = {
+    # The authors' BCN code for ImageNet.
+    "bcn": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-5, unbiased=True),
+    # The authors' WS, COCO and DeepLab code; mmcv's ConvWS.
+    "official": StandardizationRule(denominator="std_plus_eps", epsilon=1e-5, unbiased=True),
+    # The authors' TensorFlow code; big_vision.
+    "official_tf": StandardizationRule(denominator="std_plus_eps", epsilon=1e-5),
+    # Big Transfer and scenic.
+    "bit": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-10),
+    # timm's StdConv2d.
+    "timm": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-6),
+    # NFNets' scaled weight standardization.
+    "nfnet": StandardizationRule(denominator="sqrt_sum", epsilon=1e-4, learnable_gain=True),
+    # Relatives: weight normalization and centered weight normalization.
+    "wn": StandardizationRule(denominator="norm", epsilon=1e-12, center=False, learnable_gain=True),
+    "cwn": StandardizationRule(denominator="norm", epsilon=1e-12, learnable_gain=True),
+}
+
+
+def resolve_rule(preset: str | StandardizationRule) -> StandardizationRule:
+    """The rule a preset's name stands for; a rule is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything but a name or a rule.
+    """
+    if isinstance(preset, StandardizationRule):
+        return preset
+    if not isinstance(preset, str):
+        raise TypeError(
+            f"preset must be a name among {list(PRESETS)} or a StandardizationRule, "
+            f"received {type(preset).__name__}."
+        )
+    if preset not in PRESETS:
+        raise ValueError(
+            f"preset must be one of {list(PRESETS)} or a StandardizationRule, received {preset!r}."
+        )
+    return PRESETS[preset]
