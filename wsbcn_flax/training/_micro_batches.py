@@ -1,0 +1,174 @@
+"""Gradients of one batch, computed as several micro-batches."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Loop = Literal["auto", "scan", "unroll", "vmap"]
+BatchStatsRule = Literal["average", "carry"]
+
+
+class LossFn(Protocol):
+    """What a task gives the training step."""
+
+    def __call__(
+        self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """The batch's mean loss, and its new batch_stats and mean metrics."""
+        ...
+
+
+class Evaluated(NamedTuple):
+    """What one pass over a batch yields, each averaged over its samples."""
+
+    gradients: Any
+    batch_stats: Any
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """How a batch is cut into micro-batches, and what becomes of their running statistics.
+
+    Attributes:
+        count: K, micro-batches per step and device; divides the device's batch.
+        loop: "scan" compiles one micro-batch and loops over it; "unroll" compiles K copies; "vmap"
+            runs all of them as one program, each still normalized by itself, in the memory of the
+            whole batch. "auto" is "scan" on TPU and GPU and "unroll" on CPU, where XLA's gradient
+            of a convolution inside a loop is many times slower.
+        batch_stats: "average" gives each micro-batch the statistics the step began with and
+            averages what they return: with ``order="normalize_first"`` the step is the same for
+            every K. "carry" hands them from one micro-batch to the next, as if each were a step:
+            Algorithm 1 of the paper taken literally. It has an order, so "vmap" cannot do it.
+
+    Raises:
+        ValueError: for a count below one, an unknown option, or "vmap" with "carry".
+
+    Example:
+        >>> from wsbcn_flax.training import MicroBatches
+        >>> MicroBatches(count=64, loop="vmap").batch_stats
+        'average'
+    """
+
+    count: int = 1
+    loop: Loop = "auto"
+    batch_stats: BatchStatsRule = "average"
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1 micro-batch, received {self.count}.")
+        if self.loop not in get_args(Loop):
+            raise ValueError(f"loop must be one of {get_args(Loop)}, received {self.loop!r}.")
+        if self.batch_stats not in get_args(BatchStatsRule):
+            raise ValueError(
+                f"batch_stats must be one of {get_args(BatchStatsRule)}, "
+                f"received {self.batch_stats!r}."
+            )
+        if self.loop == "vmap" and self.batch_stats == "carry":
+            raise ValueError(
+                'loop="vmap" runs the micro-batches at once and cannot carry batch_stats from one '
+                'to the next. Use loop="scan" or "unroll", or batch_stats="average".'
+            )
+
+
+def split_batch(batch: Batch, count: int) -> Batch:
+    """Reshapes every array [B, ...] of the batch to [B / count, count, ...].
+
+    Micro-batch k is ``array[:, k]``, every count-th sample: a batch sharded over devices is then
+    split without moving data between them.
+
+    Raises:
+        ValueError: if the batch is empty, its arrays disagree in length, or count does not divide
+            it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from wsbcn_flax.training import split_batch
+        >>> split_batch({"label": jnp.arange(4)}, 2)["label"][:, 0]
+        Array([0, 2], dtype=int32)
+    """
+    shapes = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(batch)}
+    sizes = {shape[0] if shape else None for shape in shapes.values()}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        raise ValueError(
+            "A batch needs arrays with one common, non-empty leading batch axis, received "
+            f"{shapes}."
+        )
+    (size,) = sizes
+    if size % count:
+        raise ValueError(
+            f"The number of micro-batches must divide the batch on each device, received {count} "
+            f"micro-batches for a batch of {size}. Choose the count among "
+            f"{[k for k in range(1, size + 1) if size % k == 0]}."
+        )
+    return jax.tree.map(lambda x: x.reshape(size // count, count, *x.shape[1:]), batch)
+
+
+def evaluate_micro_batches(
+    loss_fn: LossFn,
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    *,
+    micro_batches: MicroBatches,
+    rng: jax.Array,
+) -> Evaluated:
+    """Gradients, new batch_stats and metrics of the batch, averaged over its micro-batches."""
+    count = micro_batches.count
+    if count == 1:
+        split_batch(batch, 1)  # The checks.
+        return _evaluate(loss_fn, params, batch_stats, batch, rng)
+    batches, rngs = split_batch(batch, count), jax.random.split(rng, count)
+    if micro_batches.loop == "vmap":
+        return _evaluate(_batched(loss_fn), params, batch_stats, batches, rngs)
+    return _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches)
+
+
+def _evaluate(loss_fn: LossFn, params, batch_stats, batch, rng) -> Evaluated:
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (new_batch_stats, metrics)), gradients = grad_fn(params, batch_stats, batch, rng=rng)
+    return Evaluated(gradients, new_batch_stats, {"loss": loss, **metrics})
+
+
+def _batched(loss_fn: LossFn) -> Callable:
+    """The mean of the loss over micro-batches [B, K, ...], as one program over all of them.
+
+    The gradient is taken of the mean, so that there is one gradient and not K of them.
+    """
+
+    def batched_loss_fn(params, batch_stats, batches, *, rng):
+        one = lambda batch, rng: loss_fn(params, batch_stats, batch, rng=rng)  # noqa: E731
+        outputs = jax.vmap(one, in_axes=(1, 0))(batches, rng)
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), outputs)
+
+    return batched_loss_fn
+
+
+def _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches) -> Evaluated:
+    carried = micro_batches.batch_stats == "carry"
+
+    def body(carry, inputs):
+        total, stats = carry
+        out = _evaluate(loss_fn, params, stats, *inputs)
+        total = jax.tree.map(jnp.add, total, out)
+        return (total, out.batch_stats if carried else stats), None
+
+    inputs = (jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batches), rngs)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes = jax.eval_shape(lambda: _evaluate(loss_fn, params, batch_stats, *first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, stats), _ = lax.scan(body, (zeros, batch_stats), inputs, unroll=_unrolls(micro_batches))
+    mean = jax.tree.map(lambda x: x / micro_batches.count, total)
+    return mean._replace(batch_stats=stats) if carried else mean
+
+
+def _unrolls(micro_batches: MicroBatches) -> bool:
+    if micro_batches.loop == "auto":
+        return jax.default_backend() == "cpu"
+    return micro_batches.loop == "unroll"

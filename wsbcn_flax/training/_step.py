@@ -1,0 +1,96 @@
+"""The training step: a pure function from state and batch to state and metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import optax
+from jax import lax
+
+from wsbcn_flax.training._micro_batches import (
+    Batch,
+    LossFn,
+    Metrics,
+    MicroBatches,
+    evaluate_micro_batches,
+)
+from wsbcn_flax.training._state import TrainState
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    micro_batches: MicroBatches = MicroBatches(),
+    axis_name: str | None = None,
+    seed: int = 0,
+) -> TrainStep:
+    """Makes a step that accumulates micro-batches, reduces once, and updates once.
+
+    The step applies ``transform`` to the parameters once, accumulates gradients with respect to the
+    transformed parameters over all micro-batches, averages gradients, batch_stats and metrics over
+    devices in one all-reduce, and pulls the gradient back through the transform once.
+
+    Args:
+        loss_fn: ``(params, batch_stats, batch, *, rng) -> (loss, (batch_stats, metrics))``, all
+            means over the batch.
+        optimizer: any optax transformation.
+        transform: params -> params, such as ``WeightStandardization()``; None for the identity.
+        micro_batches: how many, and how they run.
+        axis_name: the device axis under ``pmap`` or ``shard_map``, None under ``jit``.
+        seed: of the random numbers (dropout) handed to ``loss_fn``, distinct for each step, device
+            and micro-batch.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)``, to wrap in ``Partition.compile`` or ``jax.jit``.
+        The metrics are those of ``loss_fn``, with ``loss`` and ``grad_norm``.
+
+    Raises:
+        ValueError: when traced, for an empty batch or one that the micro-batches do not divide.
+        AssertionError: when traced, if the update changes a shape or dtype of the state, which
+            would compile every second step anew.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from wsbcn_flax.training import MicroBatches, TrainState, make_train_step
+        >>> def loss_fn(params, batch_stats, batch, *, rng):
+        ...     loss = jnp.mean((batch["x"] * params["w"] - batch["y"]) ** 2)
+        ...     return loss, (batch_stats, {})
+        >>> optimizer = optax.sgd(0.1)
+        >>> step = jax.jit(make_train_step(loss_fn, optimizer, micro_batches=MicroBatches(count=2)))
+        >>> state = TrainState.create({"params": {"w": jnp.zeros(())}}, optimizer)
+        >>> state, metrics = step(state, {"x": jnp.ones(4), "y": jnp.ones(4)})
+        >>> float(metrics["loss"]), round(float(state.params["w"]), 3)
+        (1.0, 0.2)
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, lax.axis_index(axis_name))
+        params, pull_back = (
+            (state.params, lambda gradients: (gradients,))
+            if transform is None
+            else jax.vjp(transform, state.params)
+        )
+        out = evaluate_micro_batches(
+            loss_fn, params, state.batch_stats, batch, micro_batches=micro_batches, rng=rng
+        )
+        if axis_name is not None:
+            out = lax.pmean(out, axis_name)
+        (gradients,) = pull_back(out.gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=out.batch_stats,
+            opt_state=opt_state,
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+        return new_state, {**out.metrics, "grad_norm": optax.tree.norm(gradients)}
+
+    return step
