@@ -23,7 +23,7 @@ class Partition:
             "pmap" is the same by ``jax.pmap``, for code that has it already; "jit" runs it on
             global arrays, and XLA inserts the collectives (batch statistics are then those of the
             whole micro-batch on all devices).
-        devices: all of this process group's if None.
+        devices: all that JAX knows, those of other processes included, if None.
 
     Raises:
         ValueError: for an unknown mode.
@@ -56,8 +56,14 @@ class Partition:
         """What ``make_train_step`` and normalizations take as ``axis_name``."""
         return None if self.mode == "jit" else AXIS_NAME
 
-    def compile(self, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable:
-        """Compiles ``step(state, batch) -> (state, metrics)``; the state given to it is donated."""
+    def compile(self, step: Callable[[Any, Any], Any], *, donate_state: bool = True) -> Callable:
+        """Compiles ``step(state, batch)``, whose outputs must be the same on every device.
+
+        Args:
+            step: a training or evaluation step made with this partition's ``axis_name``.
+            donate_state: reuses the memory of the state given to it (not with "pmap"); False for
+                steps that do not return a new one.
+        """
         if self.mode == "pmap":
             mapped = jax.pmap(
                 step,
@@ -80,7 +86,7 @@ class Partition:
             step,
             in_shardings=(self._sharding(P()), self._sharding(P(AXIS_NAME))),
             out_shardings=self._sharding(P()),
-            donate_argnums=0,
+            donate_argnums=0 if donate_state else (),
         )
 
     def place_state(self, state: Any) -> Any:

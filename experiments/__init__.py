@@ -1,0 +1,1 @@
+"""Commands: train, compare and measure."""

@@ -1,0 +1,48 @@
+"""The figure of test error against micro-batch size."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments._results import Result, display_name, spread
+
+
+def require_matplotlib() -> None:
+    """Raises ImportError, naming the extra, where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "The figure needs matplotlib: pip install 'wsbcn_flax[plots]', or pass --no-figure."
+        ) from error
+
+
+def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
+    """Draws mean error by micro-batch size, a line for each normalization, bars from min to max."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    norms = list(dict.fromkeys(result.norm for result in results))
+    sizes = sorted({result.micro_batch for result in results})
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for index, norm in enumerate(norms):
+        cells = [spread(results, norm, size) for size in sizes]
+        means = [cell.mean for cell in cells]
+        bars = [cell.mean - cell.low for cell in cells], [cell.high - cell.mean for cell in cells]
+        # Side by side on the logarithmic axis, so that equal results stay visible.
+        beside = [size * 1.06 ** (index - (len(norms) - 1) / 2) for size in sizes]
+        axes.errorbar(
+            beside, means, yerr=bars, marker="o", capsize=3, label=display_name(norm)
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("micro-batch size (images normalized together)")
+    axes.set_ylabel("test error (%)")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

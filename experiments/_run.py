@@ -1,0 +1,262 @@
+"""From a recipe to a run: data, model, step and loop."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments._recipes import NormConfig, Recipe, WeightConfig
+from wsbcn_flax import BatchChannelNorm, WeightStandardization
+from wsbcn_flax.data import (
+    Augment,
+    ImageSplit,
+    channel_statistics,
+    eval_batches,
+    load_split,
+    train_batches,
+)
+from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
+from wsbcn_flax.training import (
+    Checkpointer,
+    Classification,
+    EvalStep,
+    JsonlWriter,
+    LoopConfig,
+    MetricWriter,
+    MicroBatches,
+    MultiWriter,
+    Partition,
+    TensorBoardWriter,
+    TrainState,
+    TrainStep,
+    evaluate,
+    fit,
+    make_eval_step,
+    make_train_step,
+)
+from wsbcn_flax.training._micro_batches import Batch
+
+_BLOCKS = {"basic": BasicBlock, "preact": PreActBlock}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recipe with its data loaded and its steps compiled; ``fit`` runs it for any seed."""
+
+    recipe: Recipe
+    train_split: ImageSplit
+    eval_split: ImageSplit
+    task: Classification
+    transform: WeightStandardization | None
+    optimizer: optax.GradientTransformation
+    partition: Partition
+    train_step: TrainStep
+    eval_step: EvalStep
+
+    @classmethod
+    def build(cls, recipe: Recipe) -> "Run":
+        """Loads the data and makes the steps, which compile when they first run.
+
+        Raises:
+            ValueError: for a batch that devices and micro-batches do not divide.
+        """
+        load = functools.partial(load_split, recipe.data.name, data_dir=recipe.data.data_dir)
+        train_split, eval_split = load(recipe.data.train_split), load(recipe.data.eval_split)
+        partition = Partition(mode=recipe.batch.mode, devices=_devices(recipe.batch.devices))
+        task = Classification(
+            model=make_model(recipe, num_classes=train_split.num_classes),
+            label_smoothing=recipe.label_smoothing,
+        )
+        transform = make_transform(recipe.weight)
+        steps_per_epoch = len(train_split) // recipe.batch.size
+        if steps_per_epoch < 1:
+            raise ValueError(
+                f"The batch must not exceed the training set, received a batch of "
+                f"{recipe.batch.size} for {len(train_split)} images."
+            )
+        optimizer = recipe.optim.make(
+            recipe.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+        )
+        train_step = make_train_step(
+            task.loss_fn,
+            optimizer,
+            transform=transform,
+            micro_batches=_micro_batches(recipe, partition),
+            axis_name=partition.axis_name,
+            seed=recipe.seed,
+        )
+        eval_step = make_eval_step(task, transform=transform, axis_name=partition.axis_name)
+        return cls(
+            recipe,
+            train_split,
+            eval_split,
+            task,
+            transform,
+            optimizer,
+            partition,
+            partition.compile(train_step),
+            partition.compile(eval_step, donate_state=False),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return round(self.recipe.epochs * (len(self.train_split) // self.recipe.batch.size))
+
+    def initial_state(self, seed: int) -> TrainState:
+        """The state before the first step, on all devices."""
+        image = jax.ShapeDtypeStruct((1, *self.train_split.image_shape), jnp.float32)
+        variables = dict(self.task.init(jax.random.key(seed), {"image": image}))
+        if self.transform is not None:
+            variables["params"] = self.transform.with_gains(variables["params"])
+        return self.partition.place_state(TrainState.create(variables, self.optimizer))
+
+    def train_batches(self, seed: int, start_step: int) -> Iterator[Batch]:
+        """Batches from ``start_step`` on, placed on the devices."""
+        data, (mean, std) = self.recipe.data, self._statistics
+        batches = train_batches(
+            self.train_split,
+            batch_size=self.recipe.batch.size,
+            seed=seed,
+            mean=mean,
+            std=std,
+            augment=Augment(crop_padding=data.crop_padding, horizontal_flip=data.flip),
+            start_step=start_step,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        try:
+            yield from map(self.partition.place_batch, batches)
+        finally:
+            batches.close()
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss and error of a state over the whole evaluation split."""
+        mean, std = self._statistics
+        batches = eval_batches(
+            self.eval_split,
+            batch_size=256 * jax.device_count(),
+            mean=mean,
+            std=std,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        return evaluate(self.eval_step, state, map(self.partition.place_batch, batches))
+
+    def fit(
+        self,
+        config: LoopConfig,
+        *,
+        seed: int,
+        checkpointer: Checkpointer | None = None,
+        writer: MetricWriter | None = None,
+        state: TrainState | None = None,
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Trains from ``state``, or from the beginning."""
+        return fit(
+            self.train_step,
+            self.initial_state(seed) if state is None else state,
+            functools.partial(self.train_batches, seed),
+            config=config,
+            evaluate=self.evaluate,
+            checkpointer=checkpointer,
+            writer=writer,
+        )
+
+    def fit_in(
+        self, folder: Path, config: LoopConfig, *, tensorboard: bool = False
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Trains with checkpoints and metrics in a folder, resuming from what it holds."""
+        with Checkpointer(folder / "checkpoints") as checkpointer:
+            state = self.initial_state(self.recipe.seed)
+            restored = checkpointer.restore_latest(state)
+            if restored is not None:
+                state = restored.state
+            done = int(state.step)
+            writers: list[MetricWriter] = [JsonlWriter(folder / "metrics.jsonl", resume_step=done)]
+            if tensorboard:
+                writers.append(TensorBoardWriter(folder / "tensorboard", resume_step=done))
+            writer = MultiWriter(*writers)
+            try:
+                return self.fit(
+                    config,
+                    seed=self.recipe.seed,
+                    checkpointer=checkpointer,
+                    writer=writer,
+                    state=state,
+                )
+            finally:
+                writer.close()
+
+    @functools.cached_property
+    def _statistics(self):
+        return channel_statistics(self.train_split.images)
+
+
+def make_norm(config: NormConfig) -> Callable[..., nn.Module]:
+    """The normalization a configuration names, to inject into a model."""
+    match config.kind:
+        case "bn":
+            return functools.partial(nn.BatchNorm, momentum=1 - config.rate, epsilon=1e-5)
+        case "gn":
+            return functools.partial(nn.GroupNorm, num_groups=config.groups, epsilon=1e-5)
+        case "ln":
+            return functools.partial(nn.GroupNorm, num_groups=1, epsilon=1e-5)
+        case "in":
+            return functools.partial(nn.GroupNorm, num_groups=None, group_size=1, epsilon=1e-5)
+        case "bcn":
+            return functools.partial(
+                BatchChannelNorm,
+                num_groups=config.groups,
+                statistics=config.statistics,
+                order=config.order,
+                rate=config.rate,
+            )
+
+
+def make_transform(config: WeightConfig) -> WeightStandardization | None:
+    """The parameter transform a configuration names."""
+    if config.kind == "none":
+        return None
+    return WeightStandardization(preset=config.preset if config.kind == "ws" else config.kind)
+
+
+def make_model(recipe: Recipe, *, num_classes: int) -> CifarResNet:
+    """A plain network with the recipe's normalization; kernels are the transform's business."""
+    return CifarResNet(
+        depth=recipe.model.depth,
+        num_classes=num_classes,
+        width=recipe.model.width,
+        block=_BLOCKS[recipe.model.block],
+        norm=make_norm(recipe.norm),
+        dtype=jnp.dtype(recipe.model.dtype),
+    )
+
+
+def _devices(count: int | None) -> list[jax.Device]:
+    devices = jax.devices()
+    if count is not None and not 1 <= count <= len(devices):
+        raise ValueError(
+            f"--batch.devices must be from 1 to the {len(devices)} devices here, received {count}."
+        )
+    return devices[:count]
+
+
+def _micro_batches(recipe: Recipe, partition: Partition) -> MicroBatches:
+    batch, devices = recipe.batch, partition.mesh.size
+    # Under jit a micro-batch is spread over the devices; otherwise each device has its own.
+    shares = 1 if batch.mode == "jit" else devices
+    micro = batch.size // shares if batch.micro is None else batch.micro
+    if micro < 1 or batch.size % (shares * micro) or batch.size % devices:
+        raise ValueError(
+            f"The batch must be a whole number of micro-batches on every device, received a batch "
+            f"of {batch.size} for {devices} devices and micro-batches of {micro}."
+        )
+    return MicroBatches(
+        count=batch.size // (shares * micro), loop=batch.loop, batch_stats=batch.batch_stats
+    )

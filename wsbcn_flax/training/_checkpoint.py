@@ -1,0 +1,279 @@
+"""Checkpoints that come back exactly as they were saved, or not at all; the one user of orbax.
+
+Orbax keeps no checksum of array data: one flipped bit on disk restores as a wrong number, without
+an error. So every leaf's CRC-32 is stored beside it and verified before anything is returned.
+"""
+
+import contextlib
+import json
+import operator
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+StateT = TypeVar("StateT")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved or restored; base of the errors below."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is unreadable, or its bytes are not those that were saved."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A sound checkpoint holds other leaves, shapes or dtypes than the template asks for."""
+
+
+class NonFiniteStateError(CheckpointError):
+    """A state with NaN or infinite values was offered for saving."""
+
+
+class CheckpointWarning(UserWarning):
+    """An unusable checkpoint was skipped in favour of an older one."""
+
+
+class Restored(NamedTuple, Generic[StateT]):
+    """The step of a checkpoint, its state bit for bit, and the JSON values saved with it."""
+
+    step: int
+    state: StateT
+    extra: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores a training state, in one numbered subdirectory per step.
+
+    A save is copied to the host, then written in the background: its arrays may be donated at once.
+    A kill at any moment leaves the checkpoints committed so far intact. Restoring never changes the
+    directory, so an evaluation may read what a training run, the only writer, saves there.
+
+    A state is a container of JAX arrays, typed PRNG keys excluded. A template is a state, or one of
+    `jax.ShapeDtypeStruct`s; the restored state takes its shardings, wherever the saved one lay.
+
+    Args:
+        directory: Local directory; created at the first save.
+        max_to_keep: How many of the newest steps to keep, at least one; None keeps all.
+
+    Example:
+        >>> import tempfile
+        >>> state = {"step": jnp.int32(7), "params": {"kernel": jnp.ones((2, 3))}}
+        >>> with tempfile.TemporaryDirectory() as path, Checkpointer(path) as checkpointer:
+        ...     checkpointer.save(7, state, extra={"best_error": 0.25})
+        ...     restored = checkpointer.restore_latest(template=state)
+        >>> restored.step, restored.extra, restored.state["params"]["kernel"].shape
+        (7, {'best_error': 0.25}, (2, 3))
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int | None = 3):
+        if max_to_keep is not None and max_to_keep < 1:
+            raise ValueError(f"max_to_keep must be at least 1, or None for all; got {max_to_keep}")
+        import orbax.checkpoint as ocp
+
+        self._orbax = ocp
+        self._directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
+            # Otherwise a failed save leaves threads that hold up the exit for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._skipped: dict[int, str] = {}
+        self._entered = False
+
+    def __enter__(self) -> Self:
+        self._entered = True
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps in the directory, oldest first, usable or not."""
+        self.wait()
+        self._manager.reload()
+        return tuple(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Starts to save a state; `wait`, `close` or leaving the `with` block ends it.
+
+        Args:
+            step: A step larger than all in the directory.
+            state: The state, all of it finite.
+            extra: JSON values to keep with it.
+
+        Raises:
+            NonFiniteStateError: If a leaf holds NaN or infinity; nothing is written.
+            CheckpointError: If outside `with`, not the newest step, or the previous save failed.
+            TypeError: If a leaf is not a JAX array, or `extra` not JSON.
+            ValueError: If `step` is negative, or `extra` would not come back from JSON unchanged.
+        """
+        if not self._entered:
+            raise CheckpointError("save needs a `with` block: what is unfinished at exit is lost")
+        if (step := operator.index(step)) < 0:
+            raise ValueError(f"step must not be negative; got {step}")
+        leaves = _checked_fingerprints(state)
+        meta = _sealed({"step": step, "leaves": leaves, "extra": dict(extra or {})})
+        self._make_way()
+        args = self._orbax.args
+        items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
+        with _reraise(CheckpointError, f"saving step {step} to {self._directory} failed"):
+            if not self._manager.save(step, args=items):
+                newest = self._manager.latest_step()
+                raise ValueError(f"the newest is step {newest}: resume from it, or save elsewhere")
+
+    def restore_latest(self, template: StateT) -> Restored[StateT] | None:
+        """Restores the newest step that verifies; None if the directory holds no step.
+
+        Warns, with `CheckpointWarning`, of every newer step that is unreadable or does not verify.
+        The next `save` moves those into the subdirectory `corrupt`, to let training save them anew.
+
+        Raises:
+            CheckpointError: If there are steps and none is usable; it lists why.
+            CheckpointMismatchError: If a sound step does not fit the template.
+        """
+        self._skipped = {}
+        for step in reversed(self.steps):
+            try:
+                return self._read(step, template)
+            except CorruptCheckpointError as error:
+                warnings.warn(f"skipped a checkpoint: {error}", CheckpointWarning, stacklevel=2)
+                self._skipped[step] = str(error)
+        if self._skipped:
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} is usable; to start from scratch, use another"
+                " directory:\n  " + "\n  ".join(self._skipped.values())
+            )
+        return None
+
+    def restore(self, step: int, template: StateT) -> Restored[StateT]:
+        """Restores one step, raising a `CheckpointError` if it is absent, corrupt or another's."""
+        if step not in (steps := self.steps):
+            raise CheckpointError(f"no step {step} in {self._directory}; it holds {list(steps)}")
+        return self._read(step, template)
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk; raises `CheckpointError` if that failed."""
+        with _reraise(CheckpointError, f"the last save to {self._directory} failed"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save, as `wait` does, and ends the background threads."""
+        self._entered = False
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _make_way(self) -> None:
+        """Removes what killed saves left and moves the skipped steps aside."""
+        self.wait()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.glob(f"*{self._orbax.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(path)
+        for step in self._skipped:
+            aside = self._directory / "corrupt"
+            aside.mkdir(exist_ok=True)
+            number = len(list(aside.glob(f"{step}.*")))
+            (self._directory / str(step)).rename(aside / f"{step}.{number}")
+        self._skipped = {}
+        self._manager.reload()
+
+    def _read(self, step: int, template: StateT) -> Restored[StateT]:
+        wanted = _named_leaves(template)
+        path = self._directory / str(step)
+        meta = self._load(path, meta=self._orbax.args.JsonRestore())
+        with _reraise(CorruptCheckpointError, str(path)):
+            body = meta["body"]
+            if meta != _sealed(body) or body["step"] != step:
+                raise ValueError("the metadata is not what was saved here")
+        _check_fit(path, body["leaves"], wanted)
+        # Read to the host, so that what is verified is what is placed, under any sharding.
+        blank = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), template)
+        state = self._load(path, state=self._orbax.args.StandardRestore(blank))
+        arrays = dict(zip(wanted, jax.tree.leaves(state), strict=True))
+        if wrong := [n for n, x in arrays.items() if _fingerprint(x) != body["leaves"][n]]:
+            raise CorruptCheckpointError(f"{path}: wrong checksum of {_first_few(wrong)}")
+        return Restored(step, jax.tree.map(_place, state, template), body["extra"])
+
+    def _load(self, path: Path, **item: Any) -> Any:
+        with _reraise(CorruptCheckpointError, str(path)):
+            args = self._orbax.args.Composite(**item)
+            (loaded,) = self._manager.restore(int(path.name), args=args).values()
+            return loaded
+
+
+@contextlib.contextmanager
+def _reraise(kind: type[CheckpointError], what: str) -> Iterator[None]:
+    """Turns whatever orbax raises, which for corrupt bytes may be anything, into our error."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{what}: {error!r:.300}") from error
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name in leaves:
+            raise ValueError(f"every leaf must have its own path; there are two {name}")
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            raise TypeError(f"every leaf must be a JAX array; {name} is a {type(leaf).__name__}")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name} is a typed PRNG key: keep jax.random.key_data(key) instead")
+        leaves[name] = leaf
+    return leaves
+
+
+def _checked_fingerprints(state: Any) -> dict[str, list[Any]]:
+    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
+    if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise NonFiniteStateError(f"only finite states are saved; not finite: {_first_few(bad)}")
+    return {name: _fingerprint(array) for name, array in arrays.items()}
+
+
+def _fingerprint(array: np.ndarray) -> list[Any]:
+    data = np.asarray(array).reshape(-1).view(np.uint8).data
+    return [array.dtype.name, list(array.shape), zlib.crc32(data)]
+
+
+def _check_fit(path: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, Any]) -> None:
+    has = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in saved.items()}
+    asks = {name: f"{np.dtype(x.dtype).name}{list(x.shape)}" for name, x in wanted.items()}
+    both = {name: (has.get(name, "absent"), asks.get(name, "absent")) for name in asks | has}
+    if differing := [f"{name} ({a} != {b})" for name, (a, b) in both.items() if a != b]:
+        raise CheckpointMismatchError(
+            f"{path} is not of this model and optimizer: {_first_few(differing)}, checkpoint !="
+            " template. Use the configuration it was saved with, or another directory"
+        )
+
+
+def _place(array: np.ndarray, like: Any) -> jax.Array:
+    # Uncommitted arrays must stay free to join arrays on other devices under jit.
+    placed = jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
+    if placed.dtype != array.dtype:
+        raise TypeError(f"restoring {array.dtype} needs jax.enable_x64(True)")
+    return placed
+
+
+def _sealed(body: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(body, sort_keys=True, allow_nan=False)
+    if (copy := json.loads(text)) != body:
+        raise ValueError(f"extra must come back from JSON as it was, not as {copy['extra']}")
+    return {"crc32": zlib.crc32(text.encode()), "body": copy}
+
+
+def _first_few(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -1,0 +1,159 @@
+"""The one training loop, for every task."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from wsbcn_flax.training._checkpoint import Checkpointer
+from wsbcn_flax.training._micro_batches import Batch
+from wsbcn_flax.training._progress import Progress
+from wsbcn_flax.training._state import TrainState
+from wsbcn_flax.training._step import TrainStep
+from wsbcn_flax.training._writers import MetricWriter, MultiWriter
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Training stopped because a loss or gradient was NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, and what to do on the way. All in steps.
+
+    Attributes:
+        steps: the step at which training ends.
+        log_every: how often training metrics are written.
+        eval_every: how often to evaluate, besides at the end; None for the end only.
+        checkpoint_every: how often to save, besides at the end; None for the end only.
+        show_progress: whether to display progress.
+
+    Raises:
+        ValueError: for a number below one.
+    """
+
+    steps: int
+    log_every: int = 50
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    show_progress: bool = True
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 step, received {value}.")
+
+
+def fit(
+    step: TrainStep,
+    state: TrainState,
+    make_batches: Callable[[int], Iterator[Batch]],
+    *,
+    config: LoopConfig,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    checkpointer: Checkpointer | None = None,
+    writer: MetricWriter | None = None,
+) -> tuple[TrainState, dict[str, float]]:
+    """Trains from the state's step to ``config.steps``.
+
+    A state restored from a checkpoint continues exactly where it stopped, since batches follow
+    from the step alone. Metrics are read one step late, so that the device does not wait for the
+    host; nothing is saved, evaluated or returned before every loss up to it is known to be finite.
+
+    Args:
+        step: compiled; the state given to it may be donated.
+        state: where to begin; already on its devices.
+        make_batches: from a number of steps done to an iterator of the batches that follow.
+        config: lengths and intervals.
+        evaluate: metrics of a state, written under their names with the prefix ``eval_``.
+        checkpointer: inside its ``with`` block, or None to save nothing.
+        writer: receives the metrics.
+
+    Returns:
+        The state after the last step, and its evaluation's metrics (empty without ``evaluate``).
+
+    Raises:
+        ValueError: for a state beyond ``config.steps``.
+        NonFiniteLossError: at once when a loss or gradient norm is not finite; checkpoints saved
+            before stay as they are.
+
+    Example:
+        >>> import itertools, jax, jax.numpy as jnp, optax
+        >>> from wsbcn_flax.training import LoopConfig, TrainState, fit, make_train_step
+        >>> def loss_fn(params, batch_stats, batch, *, rng):
+        ...     return jnp.mean((params["w"] - batch["x"]) ** 2), (batch_stats, {})
+        >>> optimizer = optax.sgd(0.5)
+        >>> step = jax.jit(make_train_step(loss_fn, optimizer))
+        >>> state = TrainState.create({"params": {"w": jnp.zeros(())}}, optimizer)
+        >>> state, _ = fit(step, state, lambda done: itertools.repeat({"x": jnp.ones(4)}),
+        ...                config=LoopConfig(steps=3, show_progress=False))
+        >>> int(state.step), float(state.params["w"])
+        (3, 1.0)
+    """
+    writer = writer or MultiWriter()
+    done, results = int(state.step), {}
+    if done > config.steps:
+        raise ValueError(
+            f"Training ends at step {config.steps}, and the state it received is at step {done}. "
+            "Train longer, or start in another folder."
+        )
+    progress = Progress("train", total=config.steps, start=done, enabled=config.show_progress)
+    with progress, _closing(make_batches(done)) as batches:
+        previous = None
+        if done == config.steps and evaluate is not None:
+            results = _evaluated(evaluate, state)
+        for number in range(done + 1, config.steps + 1):
+            state, metrics = step(state, next(batches))
+            if previous is not None:
+                _check_finite(*previous)
+            previous = (number, metrics)
+            progress.update(number, {**metrics, **results})
+            is_last = number == config.steps
+            is_due = {
+                "log": is_last or number % config.log_every == 0,
+                "eval": is_last or _divides(config.eval_every, number),
+                "checkpoint": is_last or _divides(config.checkpoint_every, number),
+            }
+            if not any(is_due.values()):
+                continue
+            values = _check_finite(number, metrics)
+            if is_due["eval"] and evaluate is not None:
+                results = _evaluated(evaluate, state)
+                values |= results
+            if is_due["log"] or (is_due["eval"] and evaluate is not None):
+                writer.write(number, values)
+            if is_due["checkpoint"] and checkpointer is not None:
+                checkpointer.save(number, state, extra={"metrics": results})
+    return state, results
+
+
+def _check_finite(number: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        raise NonFiniteLossError(
+            f"Training needs finite losses and gradients, received {bad} at step {number}. "
+            "Earlier checkpoints are intact. Lower the learning rate, warm up longer, or look for "
+            "bad values in the data; resuming continues from the last checkpoint."
+        )
+    return values
+
+
+def _evaluated(evaluate, state: TrainState) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in evaluate(state).items()}
+
+
+def _divides(interval: int | None, number: int) -> bool:
+    return interval is not None and number % interval == 0
+
+
+@contextlib.contextmanager
+def _closing(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """Closes an iterator that can be closed: grain's hold threads."""
+    try:
+        yield batches
+    finally:
+        getattr(batches, "close", lambda: None)()

@@ -1,0 +1,128 @@
+"""How far a loop is: a live bar on a terminal, a few plain lines in a log."""
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Self
+
+import rich
+import rich.progress as bars
+from rich.console import Console
+
+_LINES_IN_A_LOG = 20
+_SECONDS_BETWEEN_REFRESHES = 0.2
+
+
+class Progress:
+    """Shows the step, the time left and the latest metrics of a loop, inside a `with` block.
+
+    On a terminal this is a live bar; bars may be nested, as for an evaluation during training.
+    Elsewhere it is some twenty plain lines, without control codes. Metrics are converted only when
+    they are shown, so that `update` at every step does not make every step wait for the device.
+
+    Args:
+        description: What the loop does.
+        total: The step at which it ends.
+        start: The step at which it starts or resumes.
+        enabled: Whether to show anything.
+        console: Where to show it; by default rich's own, on the standard output.
+
+    Example:
+        >>> with Progress("evaluate", total=1) as progress:
+        ...     progress.update(1, {"error": 0.25})
+        evaluate 1/1, 0:00:00 left, error 0.25
+    """
+
+    def __init__(
+        self,
+        description: str,
+        *,
+        total: int,
+        start: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
+    ):
+        console = console or rich.get_console()
+        # FORCE_COLOR makes rich take a log for a terminal.
+        display = _Bar if console.is_interactive and console.file.isatty() else _Lines
+        self._display = display(console, description, start, total) if enabled else None
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+
+    def __enter__(self) -> Self:
+        if self._display:
+            self._display.start()
+        return self
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Takes note of a finished step and its metrics, and shows them from time to time."""
+        self._pending = (step, metrics or {})
+        if self._display and self._display.is_due(step):
+            self._show()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._display:
+            self._show()
+            self._display.stop()
+
+    def _show(self) -> None:
+        if self._display and self._pending:
+            step, metrics = self._pending
+            self._display.show(step, ", ".join(f"{name} {_text(x)}" for name, x in metrics.items()))
+            self._pending = None
+
+
+class _Bar:
+    """A live bar of rich."""
+
+    def __init__(self, console: Console, description: str, start: int, total: int):
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[metrics]}", markup=False),
+            console=console,
+            speed_estimate_period=300,
+        )
+        self._task = self._bar.add_task(description, completed=start, total=total, metrics="")
+        self._refreshed = -_SECONDS_BETWEEN_REFRESHES
+        self.start, self.stop = self._bar.start, self._bar.stop
+
+    def is_due(self, step: int) -> bool:
+        return time.monotonic() - self._refreshed >= _SECONDS_BETWEEN_REFRESHES
+
+    def show(self, step: int, metrics: str) -> None:
+        self._bar.update(self._task, completed=step, metrics=metrics)
+        self._refreshed = time.monotonic()
+
+
+class _Lines:
+    """A line at the first step, then whenever another twentieth is done, and at the last."""
+
+    def __init__(self, console: Console, description: str, start: int, total: int):
+        self._file, self._description = console.file, description
+        self._start, self._total = start, total
+        self._due = start
+
+    def start(self) -> None:
+        self._began = time.monotonic()
+
+    def stop(self) -> None:
+        pass
+
+    def is_due(self, step: int) -> bool:
+        return step >= self._due or step == self._total
+
+    def show(self, step: int, metrics: str) -> None:
+        self._due = step + self._total / _LINES_IN_A_LOG
+        pace = (time.monotonic() - self._began) / max(step - self._start, 1)
+        left = timedelta(seconds=int(pace * max(self._total - step, 0)))
+        line = f"{self._description} {step}/{self._total}, {left} left"
+        print(f"{line}, {metrics}" if metrics else line, file=self._file, flush=True)
+
+
+def _text(value: Any) -> str:
+    try:
+        return f"{float(value):.4g}"
+    except Exception:  # a display must not end a run
+        return "?"

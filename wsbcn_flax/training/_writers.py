@@ -1,0 +1,130 @@
+"""Where metrics go: one small protocol, with writers for JSON lines and TensorBoard."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class MetricWriter(Protocol):
+    """Receives the scalar metrics of a run."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of one step, scalars that `float` accepts."""
+
+    def close(self) -> None:
+        """Flushes what is pending and releases the files."""
+
+
+class JsonlWriter:
+    """Appends a line `{"step": 3, "loss": 0.5}` per `write`, flushed at once, to one file.
+
+    Values that JSON lacks become the strings "NaN", "Infinity" and "-Infinity". A last line that a
+    kill cut off is removed when the file is opened again; other content raises `ValueError`.
+
+    Args:
+        path: The file; made if absent, with its directory.
+        resume_step: The step a run resumes from; later records are removed, as if the run had never
+            stopped. -1 removes all, None (the default) none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     with contextlib.closing(JsonlWriter(f"{directory}/metrics.jsonl")) as writer:
+        ...         writer.write(1, {"loss": 0.5})
+        ...     read_jsonl(f"{directory}/metrics.jsonl")
+        [{'step': 1, 'loss': 0.5}]
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            last = math.inf if resume_step is None else resume_step
+            kept = [record for record in _records(path) if record["step"] <= last]
+            rewound = path.with_name(f"{path.name}.tmp")
+            rewound.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            rewound.replace(path)
+        self._file = path.open("a")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a record; raises `ValueError` for a metric that is no scalar or named "step"."""
+        if "step" in metrics:
+            raise ValueError('no metric may be named "step", which is the key of the step itself')
+        values = {name: _json_scalar(name, value) for name, value in metrics.items()}
+        print(json.dumps({"step": int(step)} | values), file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the records of a `JsonlWriter`, all values numbers, but for a last line cut off."""
+    records = list(_records(Path(path)))
+    return [{k: float(x) if isinstance(x, str) else x for k, x in r.items()} for r in records]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):  # else it is empty, or cut off by a kill
+                raise ValueError(f"{path}, line {number}, is no record: {line!r:.80}") from error
+        else:
+            yield record | {"step": step}
+
+
+def _json_scalar(name: str, value: Any) -> float | str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} must be a scalar; got {value!r:.80}") from error
+    return number if math.isfinite(number) else json.dumps(number)
+
+
+class TensorBoardWriter:
+    """Writes scalars for TensorBoard, which will hide those later than `resume_step`."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoard needs pip install 'wsbcn_flax[tensorboard]'") from error
+        purge_step = None if resume_step is None else resume_step + 1
+        suffix = f".{time.time_ns()}"  # else a writer made in the same second overwrites the file
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step, filename_suffix=suffix)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one scalar event per metric, under its name."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), int(step))
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+
+class MultiWriter:
+    """Passes everything on to several writers, in their order."""
+
+    def __init__(self, *writers: MetricWriter):
+        self._writers = writers
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes to all."""
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def close(self) -> None:
+        """Closes all, even if closing one of them raises."""
+        with contextlib.ExitStack() as stack:
+            for writer in reversed(self._writers):
+                stack.callback(writer.close)
