@@ -1,0 +1,65 @@
+"""Channel statistics and normalization against numpy in float64."""
+
+import numpy as np
+import pytest
+
+from wsbcn_flax.data import channel_statistics
+from wsbcn_flax.data._normalize import Normalizer
+
+
+@pytest.fixture
+def images():
+    """More images than one chunk of the histogram holds, channels of different ranges."""
+    rng = np.random.default_rng(0)
+    return np.stack(
+        [
+            rng.integers(low, high, (2345, 3, 4), dtype=np.uint8)
+            for low, high in ((0, 256), (40, 60))
+        ],
+        axis=-1,
+    )
+
+
+def test_statistics_match_float64(images):
+    mean, std = channel_statistics(images)
+    scaled = images.astype(np.float64) / 255
+    assert mean.dtype == std.dtype == np.float32
+    np.testing.assert_allclose(mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, scaled.std(axis=(0, 1, 2)), rtol=1e-6)
+
+
+def test_statistics_of_a_nearly_constant_channel():
+    images = np.full((1000, 10, 10, 1), 255, np.uint8)
+    images[0, 0, 0] = 254
+    share = 1 / images.size
+    expected = np.sqrt(share * (1 - share)) / 255
+    np.testing.assert_allclose(channel_statistics(images).std, [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 3, 4, 1)), np.zeros((2, 3), np.uint8)])
+def test_statistics_reject(bad):
+    with pytest.raises(ValueError, match="images must be uint8"):
+        channel_statistics(bad)
+
+
+def test_normalizes_every_channel_by_its_own_constants(images):
+    mean, std = channel_statistics(images)
+    normalized = Normalizer(mean, std, image_shape=images.shape[1:])(images)
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalized, (images / 255 - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(normalized.mean(axis=(0, 1, 2), dtype=np.float64), 0, atol=1e-5)
+    np.testing.assert_allclose(normalized.std(axis=(0, 1, 2), dtype=np.float64), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([0.5], [1.0, 1.0], "mean must be one finite number for each of 2 channels"),
+        ([0.5, 0.5], 1.0, "std must be one finite number"),
+        ([0.5, np.nan], [1.0, 1.0], "mean must be one finite"),
+        ([0.5, 0.5], [1.0, 0.0], "std must be positive.*constant"),
+    ],
+)
+def test_normalizer_rejects(mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        Normalizer(mean, std, image_shape=(4, 4, 2))
