@@ -1,0 +1,300 @@
+"""The signature: the same step however the global batch is split over devices and micro-batches."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from wsbcn_flax import BatchChannelNorm, WeightStandardization
+from wsbcn_flax.models import CifarResNet
+from wsbcn_flax.training import (
+    Classification,
+    MicroBatches,
+    Partition,
+    TrainState,
+    make_train_step,
+)
+
+TOLERANCE = 5e-6
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+BCN = functools.partial(BatchChannelNorm, num_groups=4, order="normalize_first")
+
+
+class TinyNet(nn.Module):
+    """Two convolutions: enough for every kind of parameter, quick to compile."""
+
+    norm: object
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Conv(8, (3, 3), use_bias=False, name="conv1")(images)
+        x = nn.relu(self.norm(name="norm1", use_running_average=not train)(x))
+        x = nn.Conv(8, (3, 3), use_bias=False, name="conv2")(x)
+        x = nn.relu(self.norm(name="norm2", use_running_average=not train)(x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.normal(0.5, 2.0, (16, 8, 8, 3)).astype(np.float32),
+        "label": rng.integers(0, 10, 16).astype(np.int32),
+    }
+
+
+def one_step(model, batch, *, mode="jit", devices=1, **micro):
+    """The second step's state and metrics, from a state whose estimates have moved once."""
+    task = Classification(model=model)
+    partition = Partition(mode=mode, devices=jax.devices()[:devices])
+    step = partition.compile(
+        make_train_step(
+            task.loss_fn,
+            OPTIMIZER,
+            transform=WeightStandardization(),
+            micro_batches=MicroBatches(**micro),
+            axis_name=partition.axis_name,
+        )
+    )
+    state = partition.place_state(TrainState.create(task.init(jax.random.key(0), batch), OPTIMIZER))
+    for _ in range(2):
+        state, metrics = step(state, partition.place_batch(batch))
+    # The momentum buffer after the steps holds the gradients.
+    return jax.device_get((state.params, state.batch_stats, state.opt_state, metrics))
+
+
+def relative_difference(one, other):
+    """Largest over all arrays of max |a - b| / max |a|."""
+    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
+    return max(jax.tree.leaves(scaled))
+
+
+SPLITS = [
+    {"count": 2, "loop": "unroll"},
+    {"count": 4, "loop": "unroll"},
+    {"count": 16, "loop": "scan"},
+    {"count": 2, "loop": "scan"},
+    {"count": 4, "loop": "vmap"},
+    {"count": 16, "loop": "vmap"},
+    {"mode": "shard_map", "devices": 8},
+    {"mode": "shard_map", "devices": 8, "count": 2, "loop": "unroll"},
+    {"mode": "shard_map", "devices": 8, "count": 2, "loop": "vmap"},
+    {"mode": "shard_map", "devices": 2, "count": 4, "loop": "scan"},
+    {"mode": "pmap", "devices": 8},
+    {"mode": "pmap", "devices": 8, "count": 2, "loop": "scan"},
+    {"mode": "jit", "devices": 8},
+    {"mode": "jit", "devices": 8, "count": 2, "loop": "vmap"},
+]
+
+
+@pytest.fixture(scope="module")
+def reference(batch):
+    return one_step(TinyNet(BCN), batch)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: "-".join(map(str, s.values())))
+def test_every_split_gives_the_same_step(split, batch, reference):
+    assert relative_difference(reference, one_step(TinyNet(BCN), batch, **split)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"count": 2, "loop": "vmap"},
+        {"count": 4, "loop": "unroll"},
+        {"count": 16, "loop": "vmap"},
+        {"mode": "shard_map", "devices": 8},
+        {"mode": "shard_map", "devices": 8, "count": 2, "loop": "vmap"},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_every_split_gives_the_same_step_of_a_resnet(split, batch):
+    model = CifarResNet(depth=8, width=8, norm=BCN)
+    whole = _resnet_reference(model, batch["image"].tobytes(), batch["label"].tobytes())
+    assert relative_difference(whole, one_step(model, batch, **split)) < TOLERANCE
+
+
+@functools.lru_cache
+def _resnet_reference(model, images, labels):
+    batch = {
+        "image": np.frombuffer(images, np.float32).reshape(16, 8, 8, 3),
+        "label": np.frombuffer(labels, np.int32),
+    }
+    return one_step(model, batch)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        functools.partial(nn.BatchNorm, momentum=0.9),
+        functools.partial(BatchChannelNorm, num_groups=4, statistics="batch"),
+        functools.partial(BatchChannelNorm, num_groups=4, order="update_first"),
+    ],
+    ids=["batch_norm", "bcn_batch", "bcn_update_first"],
+)
+def test_the_others_depend_on_the_split(norm, batch):
+    """What shows that the tolerance above tells something."""
+    whole = one_step(TinyNet(norm), batch)
+    assert relative_difference(whole, one_step(TinyNet(norm), batch, count=16, loop="vmap")) > 1e-3
+
+
+@pytest.mark.parametrize("batch_stats", ["average", "carry"])
+def test_loops_agree(batch_stats, batch):
+    """With statistics that depend on the split, scan, unroll and vmap still agree."""
+    model = TinyNet(functools.partial(BatchChannelNorm, num_groups=4, order="update_first"))
+    loops = ["scan", "unroll"] + (["vmap"] if batch_stats == "average" else [])
+    runs = [one_step(model, batch, count=4, loop=loop, batch_stats=batch_stats) for loop in loops]
+    for run in runs[1:]:
+        assert relative_difference(runs[0], run) < TOLERANCE
+
+
+def test_carry_is_one_update_per_micro_batch(batch):
+    """Carried statistics equal those of applying the model to one micro-batch after another."""
+    model = TinyNet(functools.partial(BatchChannelNorm, num_groups=4, order="update_first"))
+    task = Classification(model=model)
+    variables = task.init(jax.random.key(0), batch)
+    state = TrainState.create(variables, OPTIMIZER)
+    step = make_train_step(
+        task.loss_fn, OPTIMIZER, micro_batches=MicroBatches(count=4, batch_stats="carry")
+    )
+    after, _ = jax.jit(step)(state, batch)
+    stats = variables["batch_stats"]
+    for index in range(4):
+        _, updates = model.apply(
+            {"params": variables["params"], "batch_stats": stats},
+            batch["image"][index::4],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        stats = updates["batch_stats"]
+    chex.assert_trees_all_close(after.batch_stats, stats, rtol=1e-5, atol=1e-6)
+    assert float(after.batch_stats["norm1"]["count"]) == 4
+
+
+def compiled_step(batch, *, mode="shard_map", devices=8, model=None, **micro):
+    task = Classification(model=model or TinyNet(BCN))
+    partition = Partition(mode=mode, devices=jax.devices()[:devices])
+    step = partition.compile(
+        make_train_step(
+            task.loss_fn,
+            OPTIMIZER,
+            transform=WeightStandardization(),
+            micro_batches=MicroBatches(**micro),
+            axis_name=partition.axis_name,
+        )
+    )
+    state = partition.place_state(TrainState.create(task.init(jax.random.key(0), batch), OPTIMIZER))
+    return step.lower(state, partition.place_batch(batch)).compile().as_text()
+
+
+def count_operations(hlo, name):
+    return sum(f" {name}(" in line or f" {name}-start(" in line for line in hlo.splitlines())
+
+
+@pytest.mark.parametrize("micro", [{}, {"count": 2, "loop": "scan"}], ids=["whole", "scan"])
+def test_one_all_reduce(micro, batch):
+    """Gradients, statistics and metrics of the compiled 8-device step travel together."""
+    hlo = compiled_step(batch, **micro)
+    assert count_operations(hlo, "all-reduce") == 1
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert count_operations(hlo, other) == 0
+
+
+def test_one_all_reduce_of_a_resnet(batch):
+    hlo = compiled_step(batch, model=CifarResNet(depth=8, width=8, norm=BCN))
+    assert count_operations(hlo, "all-reduce") == 1
+
+
+def test_synchronized_batch_norm_needs_many(batch):
+    """What shows that the count above tells something."""
+    norm = functools.partial(nn.BatchNorm, axis_name="data")
+    hlo = compiled_step(batch, model=CifarResNet(depth=8, width=8, norm=norm))
+    assert count_operations(hlo, "all-reduce") > 9
+
+
+def test_transform_runs_once_however_many_micro_batches(batch):
+    """Standardization, forward and backward, stays outside the loop over micro-batches."""
+    calls = []
+
+    def transform(params):
+        calls.append(None)
+        return WeightStandardization()(params)
+
+    task = Classification(model=TinyNet(BCN))
+    state = TrainState.create(task.init(jax.random.key(0), batch), OPTIMIZER)
+    step = make_train_step(
+        task.loss_fn,
+        OPTIMIZER,
+        transform=transform,
+        micro_batches=MicroBatches(count=8, loop="unroll"),
+    )
+    jax.make_jaxpr(step)(state, batch)
+    assert len(calls) == 1
+
+
+def test_pull_back_equals_the_gradient_through_the_transform(batch):
+    model = TinyNet(BCN)
+    task, ws = Classification(model=model), WeightStandardization()
+    variables = task.init(jax.random.key(0), batch)
+    key = jax.random.key(0)
+
+    def loss(params):
+        return task.loss_fn(ws(params), variables["batch_stats"], batch, rng=key)[0]
+
+    expected = jax.grad(loss)(variables["params"])
+    sgd = optax.sgd(1.0)
+    step = make_train_step(
+        task.loss_fn, sgd, transform=ws, micro_batches=MicroBatches(count=4, loop="vmap")
+    )
+    state, _ = jax.jit(step)(TrainState.create(variables, sgd), batch)
+    actual = jax.tree.map(jnp.subtract, variables["params"], state.params)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
+def test_second_step_does_not_compile_again(mode, batch):
+    chex.clear_trace_counter()
+    task = Classification(model=TinyNet(BCN))
+    partition = Partition(mode=mode)
+    step = make_train_step(task.loss_fn, OPTIMIZER, axis_name=partition.axis_name)
+    # Any trace after the first raises.
+    compiled = partition.compile(chex.assert_max_traces(step, n=1))
+    state = partition.place_state(TrainState.create(task.init(jax.random.key(0), batch), OPTIMIZER))
+    for _ in range(3):
+        state, _ = compiled(state, partition.place_batch(batch))
+    assert int(state.step) == 3
+
+
+def test_dropout_differs_between_steps_devices_and_micro_batches(mesh8):
+    """Each gets random numbers of its own from the step's seed."""
+    drawn = []
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        bits = jax.random.uniform(rng)
+        return params["w"] * bits, (batch_stats, {"draw": bits})
+
+    def spy(params, batch_stats, batch, *, rng):
+        jax.debug.callback(lambda bits: drawn.append(float(bits)), jax.random.uniform(rng))
+        return loss_fn(params, batch_stats, batch, rng=rng)
+
+    partition = Partition(devices=list(mesh8.devices.flat))
+    sgd = optax.sgd(0.1)
+    step = partition.compile(
+        make_train_step(
+            spy,
+            sgd,
+            micro_batches=MicroBatches(count=2, loop="unroll"),
+            axis_name=partition.axis_name,
+        )
+    )
+    state = partition.place_state(TrainState.create({"params": {"w": jnp.ones(())}}, sgd))
+    for _ in range(2):
+        state, _ = step(state, partition.place_batch({"x": np.zeros(16, np.float32)}))
+    jax.effects_barrier()
+    assert len(drawn) == 32
+    assert len(set(drawn)) == 32
