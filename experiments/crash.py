@@ -1,0 +1,159 @@
+"""Kills a training at random moments, resumes it, and compares it with an undisturbed one.
+
+`python -m experiments.crash RECIPE [--kills 10]`
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import rich
+import tyro
+from rich.table import Table
+
+from experiments._recipes import Recipe, get_recipe
+from experiments._run import Run
+from wsbcn_flax.training import Checkpointer, Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrashOptions:
+    """What to kill, and how often.
+
+    Attributes:
+        recipe: name of a recipe.
+        kills: how many times the training is killed.
+        epochs: length of training.
+        checkpoint_every: steps between checkpoints.
+        seed: of the moments.
+    """
+
+    recipe: tyro.conf.Positional[str] = "mnist5k_resnet8_bcn_ws"
+    kills: int = 10
+    epochs: float = 3.0
+    checkpoint_every: int = 10
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CrashReport:
+    """What the comparison found.
+
+    Attributes:
+        killed_at: the last step recorded at each kill.
+        differing: paths of the leaves of the final states that are not equal bit for bit.
+        same_metrics: whether the two metric files are equal.
+        leaves: how many arrays were compared.
+    """
+
+    killed_at: tuple[int, ...]
+    differing: tuple[str, ...]
+    same_metrics: bool
+    leaves: int
+
+
+def crash(options: CrashOptions, folder: Path) -> CrashReport:
+    """Runs the recipe undisturbed and killed, under ``folder``, and compares the ends.
+
+    Raises:
+        RuntimeError: if a training fails by itself, or ends before it was killed often enough.
+    """
+    whole, killed = folder / "whole", folder / "killed"
+    started = time.monotonic()
+    _finish(_start(options, whole))
+    length = time.monotonic() - started
+    moments = random.Random(options.seed)
+    killed_at = []
+    with Progress("kill", total=options.kills) as progress:
+        for number in range(options.kills):
+            process = _start(options, killed)
+            # Anywhere: importing, compiling, stepping, saving or evaluating.
+            _kill_after(process, moments.uniform(0.05, 0.95) * length / 2)
+            killed_at.append(_last_step(killed))
+            progress.update(number + 1, {"killed at step": killed_at[-1]})
+    _finish(_start(options, killed))
+    recipe = _recipe(options)
+    one, other = _final_leaves(recipe, whole), _final_leaves(recipe, killed)
+    return CrashReport(
+        tuple(killed_at),
+        tuple(path for path in one if one[path].tobytes() != other[path].tobytes()),
+        (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text(),
+        len(one),
+    )
+
+
+def _recipe(options: CrashOptions) -> Recipe:
+    return dataclasses.replace(get_recipe(options.recipe), epochs=options.epochs)
+
+
+def _start(options: CrashOptions, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.train", options.recipe, "--out", str(folder)]
+    command += ["--epochs", str(options.epochs), "--log-every", "1", "--no-progress"]
+    command += ["--checkpoint-every", str(options.checkpoint_every)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"A training failed by itself:\n{errors.decode()[-2000:]}")
+
+
+def _kill_after(process: subprocess.Popen, seconds: float) -> None:
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        return
+    _finish(process)
+    raise RuntimeError("The training ended before its kill; make it longer with --epochs.")
+
+
+def _last_step(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    # The last line may be torn by the kill.
+    complete = [line for line in lines if line.endswith("}")]
+    return json.loads(complete[-1])["step"] if complete else 0
+
+
+def _final_leaves(recipe: Recipe, folder: Path) -> dict[str, np.ndarray]:
+    run = Run.build(recipe)
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        restored = checkpointer.restore(run.steps, run.initial_state(recipe.seed))
+    leaves = jax.tree_util.tree_leaves_with_path(restored.state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns 0 if the two ends are equal bit for bit."""
+    options = tyro.cli(CrashOptions, args=argv, prog="crash")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = crash(options, Path(folder))
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    table = Table(title=f"{options.recipe}, killed {options.kills} times")
+    table.add_column("what")
+    table.add_column("result", justify="right")
+    table.add_row("last step recorded at each kill", ", ".join(map(str, report.killed_at)))
+    table.add_row("arrays of the final state compared", str(report.leaves))
+    table.add_row("arrays that differ in any bit", str(len(report.differing)))
+    table.add_row("metrics.jsonl equal", "yes" if report.same_metrics else "no")
+    rich.print(table)
+    return 1 if report.differing or not report.same_metrics else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from experiments import compare
+from experiments._results import Result, spread
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path / "data"))
+
+
+def test_writes_table_json_and_figure(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--data", "digits", "--norms", "bn", "bcn_ws", "--micro-batches", "1", "64"]
+    arguments += ["--seeds", "0", "--epochs", "1", "--out", str(out)]
+    assert compare.main(arguments) == 0
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [(run["norm"], run["micro_batch"]) for run in runs] == [
+        ("bn", 1),
+        ("bn", 64),
+        ("bcn_ws", 1),
+        ("bcn_ws", 64),
+    ]
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "BCN+WS" in printed
+    assert "micro-batch 64" in printed
+    # The same training however it is split: the loss agrees to what rounding grows to.
+    bn, bcn = runs[:2], runs[2:]
+    assert abs(bcn[0]["test_loss"] - bcn[1]["test_loss"]) < 0.01
+    assert abs(bn[0]["test_loss"] - bn[1]["test_loss"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--micro-batches", "3"], "must divide the batch of 64, received 3"),
+        (["--norms", "xn"], "A recipe is named"),
+        (["--data", "cifar10", "--model", "resnet20"], "DatasetNotFoundError"),
+    ],
+)
+def test_errors_come_before_the_first_run(arguments, message, tmp_path, capsys):
+    assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_to_compare_nothing():
+    with pytest.raises(ValueError, match="seeds must name at least one"):
+        compare.CompareOptions(seeds=())
+
+
+def test_spread_is_in_percent():
+    results = [Result("bn", 1, seed, error, 0.0) for seed, error in enumerate([0.1, 0.2, 0.6])]
+    results.append(Result("bn", 2, 0, 0.9, 0.0))
+    assert spread(results, "bn", 1) == pytest.approx((30.0, 10.0, 60.0))

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from experiments import train
+from experiments.crash import CrashOptions, crash
+from wsbcn_flax.training import read_jsonl
+
+
+@pytest.fixture(autouse=True, scope="module")
+def data_dir(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ["digits_resnet8_bcn_ws", "--out", str(folder), "--epochs", "3"]
+    assert train.main([*arguments, "--no-progress", "--eval-every", "30", "--tensorboard"]) == 0
+    return folder
+
+
+def test_learns_digits(trained):
+    """Eight times better than chance after three epochs on eight devices."""
+    result = json.loads((trained / "result.json").read_text())
+    assert result["eval_error"] < 0.9 / 8
+    losses = [record["loss"] for record in read_jsonl(trained / "metrics.jsonl")]
+    assert losses[-1] < losses[0] / 2
+    assert any((trained / "tensorboard").iterdir())
+
+
+def test_finished_run_is_not_trained_again(trained, capsys):
+    before = (trained / "metrics.jsonl").read_text()
+    arguments = ["digits_resnet8_bcn_ws", "--out", str(trained), "--epochs", "3"]
+    assert train.main([*arguments, "--no-progress"]) == 0
+    assert (trained / "metrics.jsonl").read_text() == before
+    assert "eval_error" in capsys.readouterr().out
+
+
+def test_another_recipes_folder_is_refused(trained, capsys):
+    arguments = ["digits_resnet8_bn", "--out", str(trained), "--no-progress"]
+    assert train.main(arguments) == 1
+    assert "norm, weight, epochs differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits_resnet9_bn"], "The nearest: digits_resnet8_bn"),
+        (["digits_resnet8_bn", "--norm.groups", "-1", "--norm.kind", "gn"], "num_groups|group"),
+        (["cifar10_resnet110_bn"], "DatasetNotFoundError"),
+        (["digits_resnet8_bn", "--model.depth", "9"], "depth must be 6n"),
+        (["digits_resnet8_ln", "--optim.learning-rate", "1e30"], "NonFiniteLossError"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path, capsys):
+    assert train.main([*arguments, "--out", str(tmp_path), "--no-progress"]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err or any(part in captured.err for part in message.split("|"))
+    assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_unknown_flag_suggests_the_right_one(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["digits_resnet8_bn", "--optim.lerning-rate", "1"])
+    assert "--optim.learning-rate" in capsys.readouterr().err
+
+
+def test_help_lists_recipes(capsys):
+    assert train.main(["--help"]) == 0
+    assert "digits_resnet8_bcn_ws" in capsys.readouterr().out
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path):
+    """A short version of `python -m experiments.crash`."""
+    options = CrashOptions(
+        recipe="digits_resnet8_bcn_ws", kills=2, epochs=2.0, checkpoint_every=5, seed=1
+    )
+    report = crash(options, tmp_path)
+    assert report.leaves > 50
+    assert report.differing == ()
+    assert report.same_metrics

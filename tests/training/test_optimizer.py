@@ -1,0 +1,75 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wsbcn_flax.models import CifarResNet
+from wsbcn_flax.training import OptimizerConfig, kernel_mask
+
+
+def test_follows_pytorchs_sgd():
+    """The learning rate multiplies the momentum buffer, and decay joins the gradient."""
+    config = OptimizerConfig(schedule="step", milestones=(1.0,), weight_decay=0.01)
+    optimizer = config.make(config.make_schedule(steps_per_epoch=2, epochs=3))
+    params = {"kernel": jnp.array([[2.0]]), "scale": jnp.array([2.0])}
+    state = optimizer.init(params)
+    expected = {name: 2.0 for name in params}
+    buffers = {name: 0.0 for name in params}
+    for step in range(5):
+        gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.5 + step), params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        rate = 0.1 if step < 2 else 0.01
+        for name, decay in (("kernel", 0.01), ("scale", 0.0)):
+            buffers[name] = 0.9 * buffers[name] + 0.5 + step + decay * expected[name]
+            expected[name] -= rate * buffers[name]
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name].item(), value, rtol=1e-6)
+
+
+def test_weight_decay_reaches_kernels_only():
+    model = CifarResNet(depth=8, width=4)
+    images = jnp.ones((1, 8, 8, 1))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
+    mask = kernel_mask(params)
+    chex.assert_trees_all_equal_structs(mask, params)
+    flat = jax.tree_util.tree_leaves_with_path(mask)
+    assert {path[-1].key for path, decays in flat if decays} == {"kernel"}
+    assert {path[-1].key for path, decays in flat if not decays} == {"scale", "bias"}
+
+
+def test_warmup_then_cosine():
+    config = OptimizerConfig(learning_rate=0.4, warmup_epochs=2, schedule="cosine")
+    schedule = config.make_schedule(steps_per_epoch=10, epochs=12)
+    values = np.array([schedule(step) for step in range(121)])
+    np.testing.assert_allclose(values[:21], 0.4 * np.arange(21) / 20, atol=1e-7)
+    cosine = 0.2 * (1 + np.cos(np.pi * np.arange(101) / 100))
+    np.testing.assert_allclose(values[20:], cosine, atol=1e-6)
+
+
+def test_milestones_count_from_the_start_of_training():
+    config = OptimizerConfig(schedule="step", milestones=(4.0, 6.0), warmup_epochs=1)
+    schedule = config.make_schedule(steps_per_epoch=5, epochs=8)
+    values = [round(float(schedule(step)), 6) for step in (5, 19, 20, 29, 30, 39)]
+    assert values == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "must not be negative"),
+        ({"schedule": "linear"}, "schedule must be one of"),
+        ({"milestones": (3.0,)}, "milestones belong to"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_refuses_warmup_without_training():
+    with pytest.raises(ValueError, match="outlast its warm-up"):
+        OptimizerConfig(warmup_epochs=2).make_schedule(steps_per_epoch=10, epochs=2)
