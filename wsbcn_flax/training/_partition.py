@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -90,8 +91,9 @@ class Partition:
         )
 
     def place_state(self, state: Any) -> Any:
-        """Copies the state to every device."""
-        return jax.device_put(state, self._sharding(P()))
+        """Copies the state to every device; steps may donate the copy, the original stays."""
+        # device_put reuses the buffer of the device the array is on, may_alias=False or not.
+        return jax.device_put(jax.tree.map(jnp.copy, state), self._sharding(P()))
 
     def place_batch(self, batch: Any) -> Any:
         """Splits arrays [B, ...] of this process's part of the batch over its devices.
