@@ -32,9 +32,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
         bars = [cell.mean - cell.low for cell in cells], [cell.high - cell.mean for cell in cells]
         # Side by side on the logarithmic axis, so that equal results stay visible.
         beside = [size * 1.06 ** (index - (len(norms) - 1) / 2) for size in sizes]
-        axes.errorbar(
-            beside, means, yerr=bars, marker="o", capsize=3, label=display_name(norm)
-        )
+        axes.errorbar(beside, means, yerr=bars, marker="o", capsize=3, label=display_name(norm))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()

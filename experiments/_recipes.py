@@ -102,6 +102,9 @@ class BatchConfig:
     devices: int | None = None
 
 
+_OPTIM = OptimizerConfig(learning_rate=0.3, warmup_epochs=0.5)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run.
@@ -123,7 +126,7 @@ class Recipe:
     norm: NormConfig = NormConfig()
     weight: WeightConfig = WeightConfig()
     batch: BatchConfig = BatchConfig()
-    optim: OptimizerConfig = OptimizerConfig(learning_rate=0.3, warmup_epochs=0.5)
+    optim: OptimizerConfig = _OPTIM
     epochs: float = 5.0
     seed: int = 0
     label_smoothing: float = 0.0

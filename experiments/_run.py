@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -110,8 +111,8 @@ class Run:
 
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, on all devices."""
-        image = jax.ShapeDtypeStruct((1, *self.train_split.image_shape), jnp.float32)
-        variables = dict(self.task.init(jax.random.key(seed), {"image": image}))
+        images = jnp.zeros((1, *self.train_split.image_shape))
+        variables = dict(self.task.init(jax.random.key(seed), {"image": images}))
         if self.transform is not None:
             variables["params"] = self.transform.with_gains(variables["params"])
         return self.partition.place_state(TrainState.create(variables, self.optimizer))
@@ -238,7 +239,7 @@ def make_model(recipe: Recipe, *, num_classes: int) -> CifarResNet:
     )
 
 
-def _devices(count: int | None) -> list[jax.Device]:
+def _devices(count: int | None) -> list[Any]:
     devices = jax.devices()
     if count is not None and not 1 <= count <= len(devices):
         raise ValueError(

@@ -15,6 +15,7 @@ import jax
 import rich
 import tyro
 
+from experiments._figure import draw, require_matplotlib
 from experiments._recipes import Recipe, get_recipe
 from experiments._results import Result, summary_table
 from experiments._run import Run
@@ -76,8 +77,6 @@ def compare(options: CompareOptions) -> list[Result]:
         for size in options.micro_batches
     ]
     if options.figure:
-        from experiments._figure import draw, require_matplotlib
-
         require_matplotlib()
     options.out.mkdir(parents=True, exist_ok=True)
 

@@ -14,10 +14,10 @@ def test_follows_pytorchs_sgd():
     optimizer = config.make(config.make_schedule(steps_per_epoch=2, epochs=3))
     params = {"kernel": jnp.array([[2.0]]), "scale": jnp.array([2.0])}
     state = optimizer.init(params)
-    expected = {name: 2.0 for name in params}
-    buffers = {name: 0.0 for name in params}
+    expected = dict.fromkeys(params, 2.0)
+    buffers = dict.fromkeys(params, 0.0)
     for step in range(5):
-        gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.5 + step), params)
+        gradients = {name: jnp.full_like(p, 0.5 + step) for name, p in params.items()}
         updates, state = optimizer.update(gradients, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         rate = 0.1 if step < 2 else 0.01

@@ -62,9 +62,7 @@ def make_step(model, *, mode="jit", devices=1, **micro):
 
 
 def initial_state(model, batch):
-    return TrainState.create(
-        Classification(model=model).init(jax.random.key(0), batch), OPTIMIZER
-    )
+    return TrainState.create(Classification(model=model).init(jax.random.key(0), batch), OPTIMIZER)
 
 
 _states = {}

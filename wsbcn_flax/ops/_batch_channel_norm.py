@@ -27,7 +27,7 @@ class RunningStats(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # as in batch_stats
 
     @classmethod
     def fresh(cls, features: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "RunningStats":
@@ -62,8 +62,8 @@ def batch_channel_norm(
     The mean and variance of the first part are
 
     * ``statistics="batch"``: those of this batch; gradients flow through them.
-    * ``statistics="estimate"``: the running estimates, constants to the gradient. Algorithm 1 of the
-      paper: with mu = E[x] and v = E[(x - running.mean)^2] over the batch,
+    * ``statistics="estimate"``: the running estimates, constants to the gradient. Algorithm 1 of
+      the paper: with mu = E[x] and v = E[(x - running.mean)^2] over the batch,
       ``mean += rate (mu - mean)`` and ``var += rate (v - var)``, before normalizing
       (``order="update_first"``) or after (``"normalize_first"``). In the latter order a sample's
       output depends on nothing but itself and ``running``, and the returned statistics are averages
@@ -140,7 +140,8 @@ def batch_channel_norm(
         num_groups=num_groups,
         epsilon=epsilon,
     )
-    return apply_affine(x, affine).astype(x.dtype if dtype is None else dtype), new
+    y = apply_affine(x, affine, mask=mask)
+    return y.astype(x.dtype if dtype is None else dtype), new
 
 
 def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:
@@ -201,8 +202,7 @@ def _average(statistic, moments: ChannelMoments, running: RunningStats, axis_nam
 
 def _advance(running: RunningStats, rate: Rate, any_valid, mean, var) -> RunningStats:
     """Moves the running statistics towards ``mean`` and ``var``; not at all without valid data."""
-    rate = rate(running.count) if callable(rate) else rate
-    step = jnp.where(any_valid, rate, 0.0)
+    step = jnp.where(any_valid, rate(running.count) if callable(rate) else rate, 0.0)
     mean, var = (lax.stop_gradient(value).astype(running.mean.dtype) for value in (mean, var))
     return RunningStats(
         running.mean + step.astype(running.mean.dtype) * (mean - running.mean),

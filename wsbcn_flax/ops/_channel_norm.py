@@ -73,7 +73,7 @@ def channel_norm(
         num_groups=num_groups,
         epsilon=epsilon,
     )
-    return apply_affine(x, affine).astype(x.dtype)
+    return apply_affine(x, affine, mask=mask).astype(x.dtype)
 
 
 def normalize_groups(
@@ -106,10 +106,13 @@ def normalize_groups(
     return SampleAffine(affine.shift, slope.reshape(mean.shape), offset.reshape(mean.shape))
 
 
-def apply_affine(x: jax.Array, affine: SampleAffine) -> jax.Array:
-    """slope (x - shift) + offset, computed in the statistics' dtype."""
+def apply_affine(x: jax.Array, affine: SampleAffine, *, mask: jax.Array | None = None) -> jax.Array:
+    """The map on x, computed in the statistics' dtype; masked positions count as zero."""
     axes = tuple(range(1, x.ndim - 1))
     shift, slope, offset = (jnp.expand_dims(array, axes) for array in affine)
+    if mask is not None:
+        # Padding may hold NaN, which the gradient of the slope would multiply by zero and keep.
+        x = jnp.where(mask > 0, x, 0)
     return (x.astype(shift.dtype) - shift) * slope + offset
 
 

@@ -28,7 +28,7 @@ class ChannelMoments(NamedTuple):
 def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMoments:
     """Mean and variance of every channel of every sample, from one pass over the activation.
 
-    With c the channel's value at the first position (zero where that is masked),
+    With c the channel's value at the sample's first position that counts (zero without any),
 
         mean = E[x - c],    var = max(0, E[(x - c)^2] - mean^2),
 
@@ -53,17 +53,15 @@ def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMo
     check_activation(x, caller="channel_moments")
     axes = tuple(range(1, x.ndim - 1))
     x = x.astype(statistics_dtype(x.dtype))
-    first = x[(slice(None), *(0,) * len(axes))]
     if mask is None:
-        shift = lax.stop_gradient(first)
+        shift = lax.stop_gradient(x[(slice(None), *(0,) * len(axes))])
         centred = x - jnp.expand_dims(shift, axes)
         mean, square = jnp.mean(centred, axes), jnp.mean(lax.square(centred), axes)
         return ChannelMoments(shift, mean, _variance(mean, square))
 
     check_mask(mask, x, caller="channel_moments")
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(x.dtype)
-    is_first_valid = mask[(slice(None), *(0,) * len(axes))] > 0
-    shift = lax.stop_gradient(jnp.where(is_first_valid, first, 0))
+    shift = lax.stop_gradient(_first_valid(x, mask))
     # Select before multiplying: padding may hold anything, NaN included.
     centred = jnp.where(mask > 0, x - jnp.expand_dims(shift, axes), 0)
     weight = jnp.sum(mask, axes)
@@ -71,6 +69,14 @@ def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMo
     mean = jnp.sum(mask * centred, axes) / count
     square = jnp.sum(mask * lax.square(centred), axes) / count
     return ChannelMoments(shift, mean, _variance(mean, square), weight)
+
+
+def _first_valid(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Each sample's values [B, C] at its first unmasked position; zero without any."""
+    valid = mask.reshape(x.shape[0], -1, 1) > 0
+    pixels = x.reshape(x.shape[0], -1, x.shape[-1])
+    first = jnp.take_along_axis(pixels, jnp.argmax(valid, 1, keepdims=True), axis=1)[:, 0]
+    return jnp.where(jnp.any(valid, 1), first, 0)
 
 
 def _variance(mean: jax.Array, square: jax.Array) -> jax.Array:

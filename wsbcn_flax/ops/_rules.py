@@ -53,7 +53,8 @@ class StandardizationRule:
             )
         if not self.epsilon > 0:
             raise ValueError(
-                f"epsilon must be positive (a constant kernel divides by it), received {self.epsilon}."
+                "epsilon must be positive, since a constant kernel is divided by it, received "
+                f"{self.epsilon}."
             )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def standardize(
             f"{gain.shape}."
         )
     dtype = statistics_dtype(kernel.dtype)
-    hat = _standardize(rule, out_axis, kernel.astype(dtype))
+    hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
     if gain is not None:
         hat = hat * jnp.expand_dims(gain.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
     return hat.astype(kernel.dtype)

@@ -94,8 +94,8 @@ def split_batch(batch: Batch, count: int) -> Batch:
         Array([0, 2], dtype=int32)
     """
     shapes = {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(batch)}
-    sizes = {shape[0] if shape else None for shape in shapes.values()}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
+    sizes = {shape[0] if shape else 0 for shape in shapes.values()}
+    if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
             "A batch needs arrays with one common, non-empty leading batch axis, received "
             f"{shapes}."

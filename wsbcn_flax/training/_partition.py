@@ -41,7 +41,7 @@ class Partition:
     """
 
     mode: Mode = "shard_map"
-    devices: Sequence[jax.Device] | None = None
+    devices: Sequence[Any] | None = None
 
     def __post_init__(self):
         if self.mode not in get_args(Mode):

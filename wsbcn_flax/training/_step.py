@@ -17,6 +17,7 @@ from wsbcn_flax.training._micro_batches import (
 )
 from wsbcn_flax.training._state import TrainState
 
+_ONE = MicroBatches()
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -25,7 +26,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     transform: Callable[[Any], Any] | None = None,
-    micro_batches: MicroBatches = MicroBatches(),
+    micro_batches: MicroBatches = _ONE,
     axis_name: str | None = None,
     seed: int = 0,
 ) -> TrainStep:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ class Task(Protocol):
     """A model, its loss and its evaluation, as pure functions of parameters and statistics."""
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """The model's variables for batches like ``batch``, which may be abstract."""
+        """The model's variables for batches shaped like ``batch``, whatever their values."""
         ...
 
     def loss_fn(
@@ -46,9 +46,9 @@ class Classification:
         >>> from wsbcn_flax.models import CifarResNet
         >>> from wsbcn_flax.training import Classification
         >>> task = Classification(model=CifarResNet(depth=8, width=4))
-        >>> batch = {"image": jnp.ones((2, 8, 8, 1)), "label": jnp.zeros(2, int), "mask": jnp.ones(2)}
+        >>> batch = {"image": jnp.ones((2, 8, 8, 1)), "label": jnp.array([0, 1])}
         >>> variables = task.init(jax.random.key(0), batch)
-        >>> sums = task.eval_fn(variables["params"], variables["batch_stats"], batch)
+        >>> sums = task.eval_fn(**variables, batch={**batch, "mask": jnp.ones(2)})
         >>> sorted(sums)
         ['count', 'error', 'loss']
     """
@@ -61,7 +61,7 @@ class Classification:
             raise ValueError(f"label_smoothing must be in [0, 1), received {self.label_smoothing}.")
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """Variables of the model for images of this shape; the values of the batch do not matter."""
+        """Variables of the model for images of the batch's shape, whatever their values."""
         images = jnp.zeros((1, *batch["image"].shape[1:]), batch["image"].dtype)
         return jax.jit(lambda key: self.model.init(key, images, train=False))(key)
 
@@ -87,7 +87,7 @@ class Classification:
     def eval_fn(self, params: Any, batch_stats: Any, batch: Batch) -> Metrics:
         """Sums of the loss and of errors over the samples whose ``mask`` is 1."""
         variables = {"params": params, "batch_stats": batch_stats}
-        logits = self.model.apply(variables, batch["image"], train=False)
+        logits = cast(jax.Array, self.model.apply(variables, batch["image"], train=False))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         valid = batch["mask"] > 0  # A selection: padding may hold anything.
         return {

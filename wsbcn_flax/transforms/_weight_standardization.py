@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class WeightStandardization:
 
     def __call__(self, params: Params) -> dict[str, Any]:
         """The parameters, with the kernels the rule takes standardized."""
-        leaves = traverse_util.flatten_dict(params, sep="/")
+        leaves = _flatten(params)
         for path in select_paths(leaves, self.where):
             gain = leaves.pop(_gain_path(path), None)
             try:
@@ -76,19 +76,23 @@ class WeightStandardization:
 
     def paths(self, params: Params) -> list[str]:
         """The paths of the kernels the rule takes, to look at before training."""
-        return select_paths(traverse_util.flatten_dict(params, sep="/"), self.where)
+        return select_paths(_flatten(params), self.where)
 
     def with_gains(self, params: Params) -> dict[str, Any]:
         """The parameters of a plain model with the gains its preset learns, initialized to one.
 
         Without a learnable gain in the preset, the parameters as they are.
         """
-        leaves = traverse_util.flatten_dict(params, sep="/")
+        leaves = _flatten(params)
         if resolve_rule(self.preset).learnable_gain:
             for path in select_paths(leaves, self.where):
-                kernel: jax.Array = leaves[path]
+                kernel = leaves[path]
                 leaves[_gain_path(path)] = jnp.ones(kernel.shape[self.out_axis], kernel.dtype)
         return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _flatten(params: Params) -> dict[str, jax.Array]:
+    return cast(dict[str, jax.Array], traverse_util.flatten_dict(params, sep="/"))
 
 
 def _gain_path(kernel_path: str) -> str:
