@@ -1,0 +1,196 @@
+"""CifarResNet: size, initialization, and whatever convolution and normalization is injected."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from oracles import normal, quick_compilation
+
+from wsbcn_flax import BatchChannelNorm, WSConv
+from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
+
+X = normal(1, 2, 16, 16, 3)
+Bcn = functools.partial(BatchChannelNorm, num_groups=4)
+NORMS = {
+    "batch_norm": nn.BatchNorm,
+    "group_norm": functools.partial(nn.GroupNorm, num_groups=4),
+    "layer_norm": nn.LayerNorm,
+    "bcn": Bcn,
+    "bcn_per_channel": functools.partial(Bcn, affine="channel"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    with quick_compilation():
+        yield
+
+
+@functools.cache
+def init(model):
+    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), X)
+
+
+def shapes(model):
+    return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), X)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def closed_form(depth, width, classes, *, preactivation):
+    """Weights of the 3x3 and 1x1 convolutions, two numbers per normalized channel, and the head."""
+    n, w = (depth - 2) // 6, width
+    convolutions = 27 * w + 9 * w * w * (2 * n * (1 + 4 + 16) - 2 - 8)
+    shortcuts = 2 * w * w + 8 * w * w
+    channels = 2 * n * 7 * w
+    # Before activation: the first normalization of a stage has its input's width, one is last.
+    channels += (-w - 2 * w + 4 * w) if preactivation else (w + 2 * w + 4 * w)
+    return convolutions + shortcuts + 2 * channels + (4 * w + 1) * classes
+
+
+@pytest.mark.parametrize("block", [BasicBlock, PreActBlock])
+@pytest.mark.parametrize("depth", [8, 20, 110])
+@pytest.mark.parametrize("width", [16, 6])
+def test_number_of_parameters(depth, width, block):
+    model = CifarResNet(depth=depth, width=width, num_classes=7, block=block)
+    expected = closed_form(depth, width, 7, preactivation=block is PreActBlock)
+    assert count(shapes(model)["params"]) == expected
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(20, 272_474), (110, 1_730_714)])
+def test_number_of_parameters_is_the_published_one(depth, expected):
+    """Of the network with projection shortcuts and 10 classes."""
+    assert count(shapes(CifarResNet(depth=depth))["params"]) == expected
+
+
+def test_convolutions_start_he_normal_by_fan_out():
+    params = init(CifarResNet(depth=8, width=64, norm=nn.LayerNorm))["params"]
+    for path, kernel in traverse_util.flatten_dict(params, sep="/").items():
+        if kernel.ndim != 4:
+            continue
+        std = np.sqrt(2 / (np.prod(kernel.shape[:2]) * kernel.shape[-1]))
+        # Of n numbers, the standard deviation is known to 1 / sqrt(2 n).
+        tolerance = 5 / np.sqrt(2 * kernel.size)
+        np.testing.assert_allclose(jnp.std(kernel), std, rtol=tolerance, err_msg=path)
+        if kernel.size > 1e4:
+            assert jnp.abs(kernel).max() > 2.5 * std, "not truncated"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_basic_blocks_start_as_their_shortcut(norm):
+    """The last scale of each branch is zero; so its gradient is the only one in the branch."""
+    block = BasicBlock(
+        8,
+        conv=nn.Conv,
+        norm=functools.partial(NORMS[norm], use_running_average=False)
+        if norm in ("batch_norm", "bcn", "bcn_per_channel")
+        else NORMS[norm],
+    )
+    x = normal(2, 2, 6, 6, 8)
+    y, variables = jax.jit(block.init_with_output)(jax.random.key(0), x)
+    chex.assert_trees_all_equal(y, nn.relu(x))
+
+    @jax.jit
+    def gradients(params):
+        def loss_fn(params):
+            y, _ = block.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(loss_fn)(params)
+
+    norm2 = gradients(variables["params"])["norm2"]
+    last_scale = norm2["channel_scale" if norm.startswith("bcn") else "scale"]
+    assert jnp.abs(last_scale).min() > 0
+
+
+def test_preactivation_branches_learn_from_the_start():
+    """No scale starts at zero: its gradient would be zero behind the ReLU."""
+    block = PreActBlock(8, conv=nn.Conv, norm=nn.LayerNorm)
+    x = normal(2, 2, 6, 6, 8)
+    params = jax.jit(block.init)(jax.random.key(0), x)["params"]
+    loss_fn = lambda p: jnp.sum(jnp.sin(block.apply({"params": p}, x)))  # noqa: E731
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss_fn))(params)):
+        assert jnp.abs(leaf).max() > 0
+
+
+@pytest.mark.parametrize("block", [BasicBlock, PreActBlock])
+@pytest.mark.parametrize("norm", NORMS)
+def test_injected_norms_are_told_the_mode(norm, block):
+    """Train mode updates every norm's statistics; evaluation uses them, whatever the batch."""
+    model = CifarResNet(depth=8, width=8, norm=NORMS[norm], block=block, conv=WSConv)
+    variables = init(model)
+    train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    logits, updates = train(variables, X)
+    chex.assert_tree_all_finite(logits)
+    chex.assert_shape(logits, (2, 10))
+    evaluate = jax.jit(functools.partial(model.apply, train=False))
+    trained = {**variables, **updates}
+    whole = evaluate(trained, X)
+    one = evaluate(trained, X[:1])
+    chex.assert_trees_all_close(one, whole[:1], atol=1e-4)
+    if norm in ("group_norm", "layer_norm"):
+        assert not updates
+        chex.assert_trees_all_close(logits, whole, atol=1e-5)
+        return
+    norms = {"/".join(p) for p in traverse_util.flatten_dict(updates["batch_stats"])}
+    assert (
+        len({path.rpartition("/")[0] for path in norms}) == {BasicBlock: 9, PreActBlock: 7}[block]
+    )
+    for before, after in zip(
+        jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(updates), strict=True
+    ):
+        assert (before != after).any()
+    fresh = evaluate(variables, X)
+    assert jnp.abs(logits - fresh).max() > 1e-3
+    assert jnp.abs(whole - fresh).max() > 1e-3
+
+
+def test_injected_convolution_is_everywhere_but_in_the_head():
+    conv = functools.partial(WSConv, preset="nfnet")
+    params = shapes(CifarResNet(depth=8, width=8, conv=conv, norm=nn.LayerNorm))["params"]
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    gains = {path.rpartition("/")[0] for path in leaves if path.endswith("/gain")}
+    kernels = {path.rpartition("/")[0] for path in leaves if path.endswith("/kernel")}
+    assert kernels - gains == {"head"}
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "bcn"])
+def test_bfloat16_computes_in_bfloat16_and_returns_float32(norm):
+    wide = CifarResNet(depth=8, width=8, norm=NORMS[norm], conv=WSConv)
+    half = wide.clone(dtype=jnp.bfloat16)
+    variables = init(half)
+    chex.assert_trees_all_equal(variables, init(wide))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+
+    def run(model):
+        apply = functools.partial(
+            model.apply, train=True, mutable=["batch_stats"], capture_intermediates=True
+        )
+        logits, state = jax.jit(apply)(variables, X)
+        kept = traverse_util.flatten_dict(state["intermediates"], sep="/")
+        return logits, {path: leaf[0] for path, leaf in kept.items()}
+
+    logits, intermediates = run(half)
+    expected, _ = run(wide)
+    assert logits.dtype == jnp.float32
+    hidden = {leaf.dtype for path, leaf in intermediates.items() if path.startswith("stage")}
+    assert hidden == {jnp.dtype(jnp.bfloat16)}
+    assert 0 < jnp.abs(logits - expected).max() < 0.1 * jnp.abs(expected).max()
+
+
+def test_stages_double_the_width_and_halve_the_resolution():
+    model = CifarResNet(depth=14, width=4, norm=nn.LayerNorm)
+    apply = functools.partial(model.init_with_output, train=False, capture_intermediates=True)
+    # Shapes only: nothing is computed.
+    _, state = jax.eval_shape(apply, jax.random.key(0), X)
+    for stage, (resolution, width) in enumerate([(16, 4), (8, 8), (4, 16)], start=1):
+        for index in (1, 2):
+            (y,) = state["intermediates"][f"stage{stage}_block{index}"]["__call__"]
+            assert y.shape == (2, resolution, resolution, width)

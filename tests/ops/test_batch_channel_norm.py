@@ -1,0 +1,394 @@
+"""batch_channel_norm against the authors' arrays, Flax, float64 numpy, and its own promises."""
+
+import functools
+import pathlib
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.sharding import PartitionSpec as P
+from oracles import normal, relative_error, tree_relative_error, value_and_vjp
+
+from wsbcn_flax.ops import RunningStats, batch_channel_norm, channel_norm
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+STATISTICS_AND_ORDER = [
+    ("batch", "update_first"),
+    ("estimate", "update_first"),
+    ("estimate", "normalize_first"),
+]
+each_kind = pytest.mark.parametrize(("statistics", "order"), STATISTICS_AND_ORDER)
+
+
+def parameters(features, num_groups, dtype=jnp.float32, seed=10):
+    """Distinct values for all four, the channel part's per group."""
+    sizes = (features, features, num_groups, num_groups)
+    values = [normal(seed + i, size, dtype=dtype) for i, size in enumerate(sizes)]
+    return [1 + 0.2 * v if i % 2 == 0 else v for i, v in enumerate(values)]
+
+
+def with_parameters(**options):
+    """A function of (x, batch_scale, batch_bias, channel_scale, channel_bias, running)."""
+
+    def function(x, batch_scale, batch_bias, channel_scale, channel_bias, running):
+        return batch_channel_norm(
+            x,
+            running,
+            batch_scale=batch_scale,
+            batch_bias=batch_bias,
+            channel_scale=channel_scale,
+            channel_bias=channel_bias,
+            **options,
+        )
+
+    return function
+
+
+def value_gradients_and_stats(function, primals, dy, running):
+    @jax.jit
+    def evaluate(primals, dy, running):
+        y, vjp, new = jax.vjp(lambda *p: function(*p, running), *primals, has_aux=True)
+        return y, vjp(dy), new
+
+    return evaluate(primals, dy, running)
+
+
+def running_stats(seed, features, dtype=jnp.float32):
+    mean, log_var = normal(seed, 2, features, dtype=dtype)
+    return RunningStats(mean, jnp.exp(log_var), jnp.asarray(3, dtype))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("statistics", ["batch", "estimate"])
+def test_equals_the_authors_code(statistics, dtype):
+    """Four steps of training with every gradient, then evaluation."""
+    with np.load(GOLDEN / f"bcn_{statistics}.npz") as archive:
+        golden = dict(archive)
+    get = lambda name: jnp.asarray(golden[name], dtype)  # noqa: E731
+    names = ("batch_scale", "batch_bias", "group_scale", "group_bias")
+    values = [get(name) for name in names]
+    options = {
+        "num_groups": int(golden["num_groups"]),
+        "statistics": statistics,
+        "rate": float(golden["rate"]),
+    }
+    running = RunningStats.fresh(golden["batch_scale"].size, dtype)
+    count = golden["0_x_nhwc"][..., 0].size
+    for t in range(4):
+        y, gradients, running = value_gradients_and_stats(
+            with_parameters(**options), (get(f"{t}_x_nhwc"), *values), get(f"{t}_dy_nhwc"), running
+        )
+        var = running.var
+        if statistics == "batch":
+            # PyTorch's running variance is unbiased, ours is Flax's, biased. Both remember the
+            # initial one with weight (1 - rate)^t, the rest differs by n / (n - 1).
+            initial = (1 - options["rate"]) ** (t + 1)
+            var = initial + (var - initial) * (count / (count - 1))
+        actual = {"y_nhwc": y, "dx_nhwc": gradients[0], "mean_after": running.mean}
+        actual |= {"var_after": var, "d" + names[0]: gradients[1], "d" + names[1]: gradients[2]}
+        actual |= {"d" + names[2]: gradients[3], "d" + names[3]: gradients[4]}
+        for name, value in actual.items():
+            assert value.dtype == dtype
+            assert relative_error(value, golden[f"{t}_{name}"]) < TOLERANCE[dtype], (t, name)
+    assert running.count == 4
+    # The authors' evaluation divides by their variance.
+    running = running._replace(var=var)
+    evaluate = with_parameters(**options, use_running_average=True)
+    y, unchanged = evaluate(get("eval_x_nhwc"), *values, running)
+    assert relative_error(y, golden["eval_y_nhwc"]) < TOLERANCE[dtype]
+    chex.assert_trees_all_equal(unchanged, running)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shape", [(3, 5, 7, 12), (9, 12), (4, 11, 12), (2, 3, 4, 5, 12)])
+def test_batch_statistics_equal_flax_batch_norm_then_group_norm(shape):
+    x, dy = (1 + normal(seed, *shape, dtype=jnp.float64) for seed in (1, 2))
+    values = parameters(12, 4, jnp.float64)
+    running = running_stats(3, 12, jnp.float64)
+
+    def flax_norms(x, batch_scale, batch_bias, channel_scale, channel_bias, running):
+        batch_norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, use_running_average=False)
+        y, updates = batch_norm.apply(
+            {
+                "params": {"scale": batch_scale, "bias": batch_bias},
+                "batch_stats": {"mean": running.mean, "var": running.var},
+            },
+            x,
+            mutable=["batch_stats"],
+        )
+        scale, bias = jnp.repeat(channel_scale, 3), jnp.repeat(channel_bias, 3)
+        norm = nn.GroupNorm(4, epsilon=1e-5)
+        new = RunningStats(**updates["batch_stats"], count=running.count + 1)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, y), new
+
+    ours = with_parameters(num_groups=4, statistics="batch")
+    actual, expected = (
+        value_gradients_and_stats(f, (x, *values), dy, running) for f in (ours, flax_norms)
+    )
+    assert tree_relative_error(actual, expected) < 1e-10
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@each_kind
+def test_equals_the_definition(statistics, order, rate):
+    x, running = 1 + normal(1, 3, 5, 7, 12, dtype=jnp.float64), running_stats(2, 12, jnp.float64)
+    values = parameters(12, 4, jnp.float64)
+    options = {"num_groups": 4, "statistics": statistics, "order": order, "rate": rate}
+    y, new = with_parameters(**options)(x, *values, running)
+    affine = [np.repeat(np.asarray(v), 12 // v.size) for v in values]
+    expected = oracles.batch_channel_norm(x, running.mean, running.var, affine=affine, **options)
+    assert tree_relative_error((y, new.mean, new.var), tuple(expected)) < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("order", ["update_first", "normalize_first"])
+def test_estimates_are_constants_to_the_gradient(order):
+    x, dy = (normal(seed, 3, 4, 4, 6, dtype=jnp.float64) for seed in (1, 2))
+    running = running_stats(3, 6, jnp.float64)
+    options = {"num_groups": 2, "order": order}
+    new = batch_channel_norm(x, running, **options)[1]
+    used = new if order == "update_first" else running
+
+    def constants(x):
+        y = (x - used.mean[None, None, None]) / jnp.sqrt(used.var + 1e-5)[None, None, None]
+        return channel_norm(y, num_groups=2)
+
+    ours = lambda x: batch_channel_norm(x, running, **options)[0]  # noqa: E731
+    actual, expected = (value_and_vjp(f, (x,), dy) for f in (ours, constants))
+    assert tree_relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e1, 1e2, 1e3])
+@pytest.mark.parametrize("signs", ["same", "mixed"])
+@each_kind
+def test_float32_error(statistics, order, ratio, steady, signs):
+    """Against numpy in float64 on the same float32 input."""
+    sign = np.ones(16) if signs == "same" else np.where(np.arange(16) % 3 == 0, -1.0, 1.0)
+    x = jnp.asarray(sign * ratio, jnp.float32)[None, None, None] + normal(1, 2, 14, 14, 16)
+    running = RunningStats.fresh(16)
+    if steady:
+        wide = np.asarray(x, np.float64)
+        mean, var = (jnp.asarray(f((0, 1, 2)), jnp.float32) for f in (wide.mean, wide.var))
+        running = RunningStats(mean, var, jnp.float32(100))
+    options = {"num_groups": 4, "statistics": statistics, "order": order}
+    y, new = jax.jit(functools.partial(batch_channel_norm, **options))(x, running)
+    expected = oracles.batch_channel_norm(x, running.mean, running.var, **options)
+    bound = 1e-5 if steady else 1e-4
+    assert tree_relative_error((y, new.mean, new.var), tuple(expected)) <= bound
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e1, 1e3])
+@each_kind
+def test_float32_gradient_error(statistics, order, ratio):
+    x, dy = ratio + normal(1, 2, 14, 14, 16), normal(2, 2, 14, 14, 16)
+    running = RunningStats.fresh(16)._replace(mean=jnp.full(16, ratio, jnp.float32))
+    function = with_parameters(num_groups=4, statistics=statistics, order=order)
+    values = (x, *parameters(16, 4))
+    actual = value_gradients_and_stats(function, values, dy, running)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (values, dy, running))
+        expected = value_gradients_and_stats(function, *wide)
+    assert tree_relative_error(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@each_kind
+def test_half_precision_is_rounded_only_at_the_end(statistics, order, dtype):
+    x, running = 3 + normal(1, 2, 8, 8, 12, dtype=dtype), running_stats(2, 12)
+    options = {"num_groups": 4, "statistics": statistics, "order": order}
+    y, new = batch_channel_norm(x, running, **options)
+    expected = oracles.batch_channel_norm(
+        np.asarray(x).astype(np.float64), running.mean, running.var, **options
+    )
+    assert y.dtype == dtype
+    assert new.mean.dtype == new.var.dtype == jnp.float32
+    assert relative_error(y, expected.y) < float(jnp.finfo(dtype).eps)
+    assert tree_relative_error((new.mean, new.var), expected[1:]) < 1e-5
+    assert batch_channel_norm(x, running, dtype=jnp.float32, **options)[0].dtype == jnp.float32
+
+
+def valid_pixels(x, mask):
+    """The valid positions of all samples as a batch [N, C]."""
+    return np.asarray(x)[np.broadcast_to(np.asarray(mask, bool)[..., 0], x.shape[:-1])]
+
+
+def unequal_masks(batch, height, width):
+    """A rectangle of another size in each sample."""
+    rows, columns = np.indices((height, width))
+    masks = [(rows <= i % height) & (columns <= (2 * i + 1) % width) for i in range(batch)]
+    return jnp.asarray(np.stack(masks)[..., None])
+
+
+@pytest.mark.usefixtures("x64")
+@each_kind
+def test_masked_statistics_weigh_every_pixel_once(statistics, order):
+    x, mask = normal(1, 3, 6, 8, 12, dtype=jnp.float64), unequal_masks(3, 6, 8)
+    x = x + jnp.arange(3.0).reshape(3, 1, 1, 1)  # Else a mean of samples' means would do.
+    running = running_stats(2, 12, jnp.float64)
+    options = {"statistics": statistics, "order": order}
+    y, new = batch_channel_norm(x, running, mask=mask, num_groups=4, **options)
+    pixels = valid_pixels(x, mask)
+    expected = oracles.batch_channel_norm(
+        pixels, running.mean, running.var, num_groups=4, **options
+    )
+    assert tree_relative_error((new.mean, new.var), expected[1:]) < 1e-12
+    # The channel part is of each sample's own valid region, whatever statistics the first used.
+    used = {
+        "batch": RunningStats(jnp.asarray(pixels.mean(0)), jnp.asarray(pixels.var(0)), new.count),
+        "estimate": new if order == "update_first" else running,
+    }[statistics]
+    for i, sample in enumerate(x):
+        region = valid_pixels(sample[None], mask[i : i + 1])[None]
+        alone, _ = batch_channel_norm(
+            jnp.asarray(region), used, num_groups=4, use_running_average=True
+        )
+        assert relative_error(y[i][np.asarray(mask[i, ..., 0])], alone[0]) < 1e-11
+
+
+@each_kind
+def test_a_batch_without_valid_positions_changes_nothing(statistics, order):
+    x, running = normal(1, 2, 4, 4, 6), running_stats(2, 6)
+    mask = jnp.zeros((2, 4, 4, 1))
+    function = with_parameters(num_groups=2, statistics=statistics, order=order, mask=mask)
+    y, gradients, new = value_gradients_and_stats(
+        function, (x, *parameters(6, 2)), jnp.ones_like(x), running
+    )
+    chex.assert_trees_all_equal(new, running)
+    chex.assert_tree_all_finite((y, gradients))
+
+
+@each_kind
+def test_padding_does_not_leak_whatever_it_holds(statistics, order):
+    mask, running = unequal_masks(3, 4, 5), running_stats(2, 6)
+    x = jnp.where(mask, normal(1, 3, 4, 5, 6), 0)
+
+    @jax.jit
+    def run(x):
+        def loss_fn(x, *values):
+            y, new = with_parameters(num_groups=2, statistics=statistics, order=order, mask=mask)(
+                x, *values, running
+            )
+            y = jnp.where(mask, y, 0)
+            return jnp.sum(jnp.sin(y)), (y, new)
+
+        gradient = jax.grad(loss_fn, argnums=tuple(range(5)), has_aux=True)
+        return gradient(x, *parameters(6, 2))
+
+    clean = run(x)
+    chex.assert_tree_all_finite(clean)
+    for junk in (jnp.inf, jnp.nan):
+        # The output of padding, and so the pull-back to it, may be anything; the rest may not.
+        (dx, *gradients), aux = run(jnp.where(mask, x, junk))
+        (clean_dx, *clean_gradients), clean_aux = clean
+        masked = jnp.where(mask, dx, 0), jnp.where(mask, clean_dx, 0)
+        chex.assert_trees_all_close(*masked, rtol=1e-6)
+        chex.assert_trees_all_close((gradients, aux), (clean_gradients, clean_aux), rtol=1e-6)
+
+
+def test_rate_may_be_a_schedule_of_the_count():
+    """1 / (count + 1) makes the running mean the mean over all batches."""
+    batches = normal(1, 5, 2, 4, 4, 6)
+    running = RunningStats.fresh(6)
+    for x in batches:
+        _, running = batch_channel_norm(
+            x, running, num_groups=2, statistics="batch", rate=lambda count: 1 / (count + 1)
+        )
+    assert running.count == 5
+    assert relative_error(running.mean, jnp.mean(batches, (0, 1, 2, 3))) < 1e-5
+    assert relative_error(running.var, jnp.mean(jnp.var(batches, (1, 2, 3)), 0)) < 1e-5
+
+
+@pytest.mark.parametrize("order", ["update_first", "normalize_first"])
+def test_estimates_reach_the_true_moments(order):
+    """The published code's rate is a buffer of zero: its estimates never move."""
+    true_mean, true_std = jnp.linspace(-3, 3, 6)[None, None, None], 2.0
+    step = jax.jit(functools.partial(batch_channel_norm, num_groups=2, order=order))
+    running = RunningStats.fresh(6)
+    for seed in range(100):
+        _, running = step(true_mean + true_std * normal(seed, 4, 8, 8, 6), running)
+    np.testing.assert_allclose(running.mean, true_mean[0, 0, 0], atol=0.1)
+    np.testing.assert_allclose(running.var, true_std**2, rtol=0.1)
+
+
+@each_kind
+def test_scale_per_group_is_that_scale_for_each_of_its_channels(statistics, order):
+    x, dy, running = normal(1, 2, 5, 5, 12), normal(2, 2, 5, 5, 12), running_stats(3, 12)
+    function = with_parameters(num_groups=4, statistics=statistics, order=order)
+
+    def repeated(x, batch_scale, batch_bias, scale, bias, running):
+        scale, bias = jnp.repeat(scale, 3), jnp.repeat(bias, 3)
+        return function(x, batch_scale, batch_bias, scale, bias, running)
+
+    primals = (x, *parameters(12, 4))
+    actual, expected = (
+        value_gradients_and_stats(f, primals, dy, running) for f in (function, repeated)
+    )
+    assert tree_relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.usefixtures("x64")
+def test_normalize_first_is_the_same_however_the_batch_is_split():
+    x, dy = (normal(seed, 8, 3, 4, 6, dtype=jnp.float64) for seed in (1, 2))
+    values, running = parameters(6, 2, jnp.float64), running_stats(3, 6, jnp.float64)
+    function = with_parameters(num_groups=2, order="normalize_first")
+    y, (dx, *gradients), new = value_gradients_and_stats(function, (x, *values), dy, running)
+    for count in (2, 8):
+        parts = [
+            value_gradients_and_stats(function, (part, *values), part_dy, running)
+            for part, part_dy in zip(jnp.split(x, count), jnp.split(dy, count), strict=True)
+        ]
+        part_y, (part_dx, *part_gradients), part_new = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *parts
+        )
+        error = tree_relative_error((part_y.reshape(y.shape), part_dx.reshape(x.shape)), (y, dx))
+        assert error < 1e-13
+        summed = jax.tree.map(lambda g: jnp.sum(g, 0), part_gradients)
+        averaged = jax.tree.map(lambda s: jnp.mean(s, 0), part_new)
+        assert tree_relative_error((summed, averaged), (gradients, new)) < 1e-13
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@each_kind
+def test_eight_devices_equal_one(statistics, order, mode, masked, mesh8):
+    """With gradients through the collectives, and another number of valid pixels on each device."""
+    x, dy = (normal(seed, 16, 4, 5, 6, dtype=jnp.float64) for seed in (1, 2))
+    x = x + jnp.arange(16.0).reshape(16, 1, 1, 1)
+    mask = unequal_masks(16, 4, 5) if masked else jnp.ones((16, 4, 5, 1), bool)
+    running = running_stats(3, 6, jnp.float64)
+
+    def step(x, dy, mask, axis_name=None):
+        def loss_fn(x):
+            y, new = batch_channel_norm(
+                x,
+                running,
+                num_groups=2,
+                statistics=statistics,
+                order=order,
+                axis_name=axis_name,
+                mask=mask if masked else None,
+            )
+            return jnp.sum(jnp.where(mask, y * dy, 0)), (jnp.where(mask, y, 0), new)
+
+        dx, (y, new) = jax.grad(loss_fn, has_aux=True)(x)
+        return y, dx, new
+
+    expected = jax.jit(step)(x, dy, mask)
+    sharded = functools.partial(step, axis_name="data")
+    if mode == "shard_map":
+        specs = {"in_specs": P("data"), "out_specs": (P("data"), P("data"), P())}
+        actual = jax.jit(jax.shard_map(sharded, mesh=mesh8, **specs))(x, dy, mask)
+    else:
+        split = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), (x, dy, mask))
+        y, dx, new = jax.pmap(sharded, axis_name="data", out_axes=(0, 0, None))(*split)
+        actual = y.reshape(x.shape), dx.reshape(x.shape), new
+    assert tree_relative_error(actual, expected) < 1e-10

@@ -1,0 +1,73 @@
+"""channel_norm against nn.GroupNorm, and on the valid region of a masked input."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import normal, relative_error, tree_relative_error, value_and_vjp
+
+from wsbcn_flax.ops import channel_norm
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("num_groups", [1, 3, 12])
+@pytest.mark.parametrize("shape", [(4, 12), (4, 9, 12), (4, 5, 7, 12), (2, 3, 4, 5, 12)])
+def test_equals_flax_group_norm_with_its_gradients(shape, num_groups):
+    x, dy = (1 + normal(seed, *shape, dtype=jnp.float64) for seed in (1, 2))
+    scale, bias = (normal(seed, 12, dtype=jnp.float64) for seed in (3, 4))
+
+    def flax_group_norm(x, scale, bias):
+        norm = nn.GroupNorm(num_groups, epsilon=1e-5)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    def ours(x, scale, bias):
+        return channel_norm(x, scale, bias, num_groups=num_groups)
+
+    actual, expected = (value_and_vjp(f, (x, scale, bias), dy) for f in (ours, flax_group_norm))
+    if len(shape) == 2 and num_groups == 12:
+        # One element to a group: both are the bias, and only its gradient is not zero.
+        np.testing.assert_allclose(actual[0], expected[0], atol=1e-12)
+        np.testing.assert_allclose(actual[1][0], 0, atol=1e-9)
+        assert relative_error(actual[1][2], expected[1][2]) < 1e-12
+    else:
+        assert tree_relative_error(actual, expected) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("ratio", [0, 1e3])
+def test_half_precision_is_rounded_only_at_the_end(dtype, ratio):
+    x = ratio + normal(1, 2, 8, 8, 6, dtype=dtype)
+    y = channel_norm(x, num_groups=3)
+    wide = np.asarray(x).astype(np.float64).reshape(2, 64, 3, 2)
+    centred = wide - wide.mean((1, 3), keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)
+    assert y.dtype == dtype
+    assert relative_error(y, expected.reshape(x.shape)) < max(2e-5, float(jnp.finfo(dtype).eps))
+
+
+def test_one_value_per_group_is_that_value_for_each_of_its_channels():
+    x, dy = normal(1, 2, 5, 5, 12), normal(2, 2, 5, 5, 12)
+    scale, bias = normal(3, 4), normal(4, 4)
+    function = lambda x, s, b: channel_norm(x, s, b, num_groups=4)  # noqa: E731
+    repeated = lambda x, s, b: function(x, jnp.repeat(s, 3), jnp.repeat(b, 3))  # noqa: E731
+    actual, expected = (value_and_vjp(f, (x, scale, bias), dy) for f in (function, repeated))
+    assert tree_relative_error(actual, expected) < 2e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_masked_equals_the_valid_region_with_its_gradients():
+    x, dy = (normal(seed, 2, 6, 8, 6, dtype=jnp.float64) for seed in (1, 2))
+    region = (slice(None), slice(1, 5), slice(2, 8))
+    mask = jnp.zeros((2, 6, 8, 1)).at[region].set(1)
+    masked = lambda x: channel_norm(x, num_groups=3, mask=mask)[region]  # noqa: E731
+    cropped = lambda x: channel_norm(x[region], num_groups=3)  # noqa: E731
+    actual, expected = (value_and_vjp(f, (x,), dy[region]) for f in (masked, cropped))
+    assert tree_relative_error(actual, expected) < 1e-11
+
+
+def test_does_not_depend_on_the_rest_of_the_batch():
+    x = normal(1, 4, 5, 5, 6)
+    other = x.at[1:].set(1e3)
+    np.testing.assert_array_equal(
+        channel_norm(x, num_groups=2)[0], channel_norm(other, num_groups=2)[0]
+    )

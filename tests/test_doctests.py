@@ -1,0 +1,34 @@
+"""Every example in every docstring runs and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+
+import jax
+import pytest
+
+import wsbcn_flax
+
+MODULES = [
+    "wsbcn_flax",
+    *(module.name for module in pkgutil.walk_packages(wsbcn_flax.__path__, "wsbcn_flax.")),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    # Examples are what people run: with JAX's own default.
+    with jax.numpy_rank_promotion("allow"):
+        results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = [
+        test
+        for name in MODULES
+        for test in finder.find(importlib.import_module(name))
+        if test.examples
+    ]
+    assert len(examples) >= 15

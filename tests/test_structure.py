@@ -1,0 +1,120 @@
+"""Imports go one way, packages say what they export, and importing them is cheap."""
+
+import ast
+import importlib
+import json
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import wsbcn_flax
+
+ROOT = pathlib.Path(wsbcn_flax.__file__).parents[1]
+# What each package may import of this library, besides itself.
+MAY_IMPORT = {
+    "wsbcn_flax.ops": set(),
+    "wsbcn_flax.layers": {"ops"},
+    "wsbcn_flax.transforms": {"ops"},
+    "wsbcn_flax.models": {"ops", "layers"},
+    "wsbcn_flax.data": {"ops"},
+    "wsbcn_flax.training": {"ops", "layers", "transforms", "models"},
+}
+PACKAGES = ["wsbcn_flax", *MAY_IMPORT]
+
+
+def imported(path):
+    """Full names of the modules a file imports anywhere, relative ones resolved."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.rsplit(".", node.level)[0] + "." if node.level else ""
+            yield from (f"{base}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def files(package):
+    return sorted((ROOT / package.replace(".", "/")).rglob("*.py"))
+
+
+def test_every_package_has_a_place_in_the_order():
+    found = {
+        name for _, name, is_package in pkgutil.iter_modules(wsbcn_flax.__path__) if is_package
+    }
+    assert {f"wsbcn_flax.{name}" for name in found} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package):
+    own = package.rpartition(".")[2]
+    assert files(package)
+    for path in files(package):
+        for name in imported(path):
+            if name.startswith("wsbcn_flax."):
+                assert name.split(".")[1] in MAY_IMPORT[package] | {own}, (path, name)
+
+
+def test_the_library_does_not_import_experiments_or_tests():
+    for path in files("wsbcn_flax"):
+        for name in imported(path):
+            assert name.split(".")[0] not in {"experiments", "tests", "conftest"}, (path, name)
+
+
+def test_import_order_has_no_cycle():
+    below = {package: {f"wsbcn_flax.{n}" for n in names} for package, names in MAY_IMPORT.items()}
+    while below:
+        leaves = {package for package, names in below.items() if not names & set(below)}
+        assert leaves
+        below = {package: names for package, names in below.items() if package not in leaves}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_is_what_the_package_imports(package):
+    """Complete, sorted as ruff sorts it, resolving, documented."""
+    module = importlib.import_module(package)
+    tree = ast.parse(pathlib.Path(module.__file__).read_text())
+    names = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(module.__all__) == {name for name in names if not name.startswith("_")}
+    # Constants, then classes, then functions, each in order.
+    kind = lambda name: (not name.isupper(), not name[0].isupper(), name)  # noqa: E731
+    assert module.__all__ == sorted(module.__all__, key=kind)
+    assert module.__doc__
+    for name in module.__all__:
+        exported = getattr(module, name)
+        if not name.isupper() and isinstance(exported, type):
+            assert exported.__doc__, name
+
+
+def test_importing_is_cheap():
+    """Nothing heavy comes with the library that does not come with flax.linen."""
+    heavy = {
+        "tensorflow",
+        "tensorflow_datasets",
+        "grain",
+        "orbax",
+        "matplotlib",
+        "torch",
+        "rich",
+        "tyro",
+        "sklearn",
+        "mlxtend",
+        "PIL",
+    }
+
+    def loaded(statement):
+        code = f"import sys, json; {statement}; print(json.dumps(list(sys.modules)))"
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        return {name.split(".")[0] for name in json.loads(out.stdout.splitlines()[-1])} & heavy
+
+    library = "import wsbcn_flax, wsbcn_flax.models, wsbcn_flax.data"
+    assert loaded(library) <= loaded("import flax.linen")
