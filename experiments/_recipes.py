@@ -102,7 +102,7 @@ class BatchConfig:
     devices: int | None = None
 
 
-_OPTIM = OptimizerConfig(learning_rate=0.3, warmup_epochs=0.5)
+_OPTIM = OptimizerConfig(learning_rate=0.2, warmup_epochs=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Recipe:
     weight: WeightConfig = WeightConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimizerConfig = _OPTIM
-    epochs: float = 5.0
+    epochs: float = 6.0
     seed: int = 0
     label_smoothing: float = 0.0
 

@@ -111,11 +111,7 @@ class Run:
 
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, on all devices."""
-        images = jnp.zeros((1, *self.train_split.image_shape))
-        variables = dict(self.task.init(jax.random.key(seed), {"image": images}))
-        if self.transform is not None:
-            variables["params"] = self.transform.with_gains(variables["params"])
-        return self.partition.place_state(TrainState.create(variables, self.optimizer))
+        return self.partition.place_state(self._make_state(seed))
 
     def train_batches(self, seed: int, start_step: int) -> Iterator[Batch]:
         """Batches from ``start_step`` on, placed on the devices."""
@@ -193,6 +189,20 @@ class Run:
                 )
             finally:
                 writer.close()
+
+    @functools.cached_property
+    def _make_state(self) -> Callable[[int], TrainState]:
+        """Compiled once for all seeds."""
+
+        @jax.jit
+        def make_state(seed):
+            images = jnp.zeros((1, *self.train_split.image_shape))
+            variables = dict(self.task.init(jax.random.key(seed), {"image": images}))
+            if self.transform is not None:
+                variables["params"] = self.transform.with_gains(variables["params"])
+            return TrainState.create(variables, self.optimizer)
+
+        return make_state
 
     @functools.cached_property
     def _statistics(self):

@@ -62,7 +62,9 @@ def make_step(model, *, mode="jit", devices=1, **micro):
 
 
 def initial_state(model, batch):
-    return TrainState.create(Classification(model=model).init(jax.random.key(0), batch), OPTIMIZER)
+    return TrainState.create(
+        jax.jit(Classification(model=model).init)(jax.random.key(0), batch), OPTIMIZER
+    )
 
 
 _states = {}
@@ -173,7 +175,7 @@ def test_carry_is_one_update_per_micro_batch(batch):
     """Carried statistics equal those of applying the model to one micro-batch after another."""
     model = TinyNet(functools.partial(BatchChannelNorm, num_groups=4, order="update_first"))
     task = Classification(model=model)
-    variables = task.init(jax.random.key(0), batch)
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
     state = TrainState.create(variables, OPTIMIZER)
     step = make_train_step(
         task.loss_fn, OPTIMIZER, micro_batches=MicroBatches(count=4, batch_stats="carry")
@@ -247,7 +249,7 @@ def test_transform_runs_once_however_many_micro_batches(batch):
 def test_pull_back_equals_the_gradient_through_the_transform(batch):
     model = TinyNet(BCN)
     task, ws = Classification(model=model), WeightStandardization()
-    variables = task.init(jax.random.key(0), batch)
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
     key = jax.random.key(0)
 
     def loss(params):

@@ -43,7 +43,7 @@ def pad(batch, size):
 def test_evaluation_counts_every_sample_once_and_padding_never():
     task = Classification(model=MODEL)
     whole = make_batch(13)
-    state = TrainState.create(task.init(jax.random.key(0), whole), optax.sgd(0.1))
+    state = TrainState.create(jax.jit(task.init)(jax.random.key(0), whole), optax.sgd(0.1))
     step = jax.jit(make_eval_step(task))
     parts = [{name: array[i : i + 5] for name, array in whole.items()} for i in (0, 5, 10)]
     batches = [pad(part, 5) for part in parts]
@@ -61,7 +61,7 @@ def test_evaluation_counts_every_sample_once_and_padding_never():
 def test_evaluation_on_eight_devices(mode):
     task = Classification(model=MODEL)
     batch = pad(make_batch(13), 16)
-    state = TrainState.create(task.init(jax.random.key(0), batch), optax.sgd(0.1))
+    state = TrainState.create(jax.jit(task.init)(jax.random.key(0), batch), optax.sgd(0.1))
     alone = evaluate(jax.jit(make_eval_step(task)), state, [batch])
     partition = Partition(mode=mode)
     step = partition.compile(

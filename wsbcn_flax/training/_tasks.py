@@ -47,7 +47,7 @@ class Classification:
         >>> from wsbcn_flax.training import Classification
         >>> task = Classification(model=CifarResNet(depth=8, width=4))
         >>> batch = {"image": jnp.ones((2, 8, 8, 1)), "label": jnp.array([0, 1])}
-        >>> variables = task.init(jax.random.key(0), batch)
+        >>> variables = jax.jit(task.init)(jax.random.key(0), batch)
         >>> sums = task.eval_fn(**variables, batch={**batch, "mask": jnp.ones(2)})
         >>> sorted(sums)
         ['count', 'error', 'loss']
@@ -63,7 +63,7 @@ class Classification:
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
         """Variables of the model for images of the batch's shape, whatever their values."""
         images = jnp.zeros((1, *batch["image"].shape[1:]), batch["image"].dtype)
-        return jax.jit(lambda key: self.model.init(key, images, train=False))(key)
+        return self.model.init(key, images, train=False)
 
     def loss_fn(
         self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
