@@ -39,12 +39,14 @@ class ModelConfig:
     Attributes:
         depth: 6n + 2.
         width: channels of the first stage.
+        stem_strides: of the stem's convolution.
         block: "basic" or "preact" (pre-activation).
         dtype: of the computation.
     """
 
     depth: int = 8
-    width: int = 8
+    width: int = 16
+    stem_strides: int = 1
     block: Literal["basic", "preact"] = "basic"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -102,7 +104,7 @@ class BatchConfig:
     devices: int | None = None
 
 
-_OPTIM = OptimizerConfig(learning_rate=0.2, warmup_epochs=1.0)
+_OPTIM = OptimizerConfig(learning_rate=0.1, warmup_epochs=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ class Recipe:
     weight: WeightConfig = WeightConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimizerConfig = _OPTIM
-    epochs: float = 6.0
+    epochs: float = 8.0
     seed: int = 0
     label_smoothing: float = 0.0
 
@@ -137,7 +139,7 @@ class Recipe:
 
 
 _DATA = {
-    "mnist5k": DataConfig(name="mnist5k"),
+    "mnist5k": DataConfig(name="mnist5k", crop_padding=1),
     "digits": DataConfig(name="digits", crop_padding=1),
     "fashion": DataConfig(name="fashion_mnist", flip=True),
     "cifar10": DataConfig(name="cifar10", crop_padding=4, flip=True),
@@ -147,10 +149,10 @@ _SMALL = ("mnist5k", "digits", "fashion")
 _NORMS: tuple[Norm, ...] = ("bn", "gn", "ln", "in", "bcn")
 _WEIGHTS: tuple[Weight, ...] = ("none", "ws", "wn", "cwn")
 _MODELS = {
-    "resnet8": ModelConfig(depth=8, width=8),
-    "resnet20": ModelConfig(depth=20, width=16),
-    "resnet110": ModelConfig(depth=110, width=16),
-    "preresnet110": ModelConfig(depth=110, width=16, block="preact"),
+    "resnet8": ModelConfig(depth=8),
+    "resnet20": ModelConfig(depth=20),
+    "resnet110": ModelConfig(depth=110),
+    "preresnet110": ModelConfig(depth=110, block="preact"),
 }
 # The schedule of the code base the authors forked for CIFAR.
 _CIFAR_OPTIM = OptimizerConfig(learning_rate=0.1, schedule="step", milestones=(81.0, 122.0))
@@ -180,9 +182,11 @@ def get_recipe(name: str) -> Recipe:
             f"weights: {', '.join(_WEIGHTS[1:])}. The nearest: {', '.join(near)}."
         )
     data, model, norm, weight = (*name.split("_"), "none")[:4]
+    # 28x28 pixels of a digit or garment have little detail: a strided stem trains four times faster.
+    stem_strides = 2 if data in ("mnist5k", "fashion") else 1
     recipe = Recipe(
         data=_DATA[data],
-        model=_MODELS[model],
+        model=dataclasses.replace(_MODELS[model], stem_strides=stem_strides),
         norm=NormConfig(kind=_as(norm, _NORMS)),
         weight=WeightConfig(kind=_as(weight, _WEIGHTS)),
     )

@@ -243,6 +243,7 @@ def make_model(recipe: Recipe, *, num_classes: int) -> CifarResNet:
         depth=recipe.model.depth,
         num_classes=num_classes,
         width=recipe.model.width,
+        stem_strides=recipe.model.stem_strides,
         block=_BLOCKS[recipe.model.block],
         norm=make_norm(recipe.norm),
         dtype=jnp.dtype(recipe.model.dtype),

@@ -1,6 +1,6 @@
 """Compares normalizations over micro-batch sizes: table, JSON and figure.
 
-`python -m experiments.compare [--norms bn bcn_ws] [--micro-batches 1 2 64] [--seeds 0 1]`
+`python -m experiments.compare [--norms bn bcn_ws] [--micro-batches 1 2 64] [--seeds 0 1 2]`
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class CompareOptions:
     model: str = "resnet8"
     norms: tuple[str, ...] = ("bn", "gn", "gn_ws", "bcn_ws")
     micro_batches: tuple[int, ...] = (1, 2, 64)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     epochs: float | None = None
     out: Path = Path("runs/compare")
     figure: bool = True
