@@ -22,6 +22,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     norms = list(dict.fromkeys(result.norm for result in results))
     sizes = sorted({result.micro_batch for result in results})
@@ -35,10 +36,14 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
         axes.errorbar(beside, means, yerr=bars, marker="o", capsize=3, label=display_name(norm))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.set_xlabel("micro-batch size (images normalized together)")
+    # Logarithmic: a normalization that falls apart would flatten the others into one line.
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_ylabel("test error (%)")
-    axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()

@@ -39,7 +39,7 @@ class CrashOptions:
 
     recipe: tyro.conf.Positional[str] = "mnist5k_resnet8_bcn_ws"
     kills: int = 10
-    epochs: float = 3.0
+    epochs: float = 8.0
     checkpoint_every: int = 10
     seed: int = 0
 
@@ -68,16 +68,15 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
         RuntimeError: if a training fails by itself, or ends before it was killed often enough.
     """
     whole, killed = folder / "whole", folder / "killed"
-    started = time.monotonic()
-    _finish(_start(options, whole))
-    length = time.monotonic() - started
+    startup, steps = _undisturbed(options, whole)
     moments = random.Random(options.seed)
     killed_at = []
     with Progress("kill", total=options.kills) as progress:
         for number in range(options.kills):
             process = _start(options, killed)
-            # Anywhere: importing, compiling, stepping, saving or evaluating.
-            _kill_after(process, moments.uniform(0.05, 0.95) * length / 2)
+            # While restoring, compiling, stepping, saving: late enough to get on between kills.
+            latest = startup + 1.5 * steps / options.kills
+            _kill_after(process, moments.uniform(0.8 * startup, latest))
             killed_at.append(_last_step(killed))
             progress.update(number + 1, {"killed at step": killed_at[-1]})
     _finish(_start(options, killed))
@@ -100,6 +99,17 @@ def _start(options: CrashOptions, folder: Path) -> subprocess.Popen:
     command += ["--epochs", str(options.epochs), "--log-every", "1", "--no-progress"]
     command += ["--checkpoint-every", str(options.checkpoint_every)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _undisturbed(options: CrashOptions, folder: Path) -> tuple[float, float]:
+    """Runs to the end; returns the seconds until the first step and those from there on."""
+    started = time.monotonic()
+    process = _start(options, folder)
+    while process.poll() is None and not _last_step(folder):
+        time.sleep(0.05)
+    first = time.monotonic()
+    _finish(process)
+    return first - started, time.monotonic() - first
 
 
 def _finish(process: subprocess.Popen) -> None:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments._models import make_model, make_transform
 from experiments._recipes import DataConfig, get_recipe, recipe_names
-from experiments._run import Run, make_model, make_transform
+from experiments._run import Run
 from wsbcn_flax.data import dataset_names
 
 

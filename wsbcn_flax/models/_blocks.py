@@ -44,7 +44,23 @@ def bind_mode(norm: ModuleFactory, *, train: bool) -> ModuleFactory:
     return norm
 
 
-class BasicBlock(nn.Module):
+class _ResidualBlock(nn.Module):
+    """What the kinds of blocks share: their fields and the projection of the shortcut."""
+
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    strides: int = 1
+
+    def _changes_shape(self, x: jax.Array) -> bool:
+        return self.strides != 1 or x.shape[-1] != self.features
+
+    def _project(self, x: jax.Array) -> jax.Array:
+        conv = conv1x1(self.conv, self.features, strides=self.strides, name="shortcut_conv")
+        return conv(x)
+
+
+class BasicBlock(_ResidualBlock):
     """relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x)))))), the last scale starting at zero.
 
     The shortcut is the identity, or a 1x1 convolution and a normalization where the stride or the
@@ -68,11 +84,6 @@ class BasicBlock(nn.Module):
         (1, 8, 8, 16)
     """
 
-    features: int
-    conv: ModuleFactory
-    norm: ModuleFactory
-    strides: int = 1
-
     # What the network around the blocks adds: this kind ends normalized.
     normalizes_output = True
 
@@ -80,11 +91,8 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
         shortcut = x
-        if self.strides != 1 or x.shape[-1] != self.features:
-            shortcut = conv1x1(
-                self.conv, self.features, strides=self.strides, name="shortcut_conv"
-            )(x)
-            shortcut = self.norm(name="shortcut_norm")(shortcut)
+        if self._changes_shape(x):
+            shortcut = self.norm(name="shortcut_norm")(self._project(x))
         y = conv3x3(self.conv, self.features, strides=self.strides, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
         y = conv3x3(self.conv, self.features, name="conv2")(y)
@@ -92,7 +100,7 @@ class BasicBlock(nn.Module):
         return nn.relu(shortcut + y)
 
 
-class PreActBlock(nn.Module):
+class PreActBlock(_ResidualBlock):
     """shortcut(x) + conv2(relu(norm2(conv1(relu(norm1(x)))))).
 
     The shortcut is the identity, or a 1x1 convolution where the stride or the number of features
@@ -117,21 +125,12 @@ class PreActBlock(nn.Module):
         (1, 4, 4, 32)
     """
 
-    features: int
-    conv: ModuleFactory
-    norm: ModuleFactory
-    strides: int = 1
-
     normalizes_output = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
-        shortcut = x
-        if self.strides != 1 or x.shape[-1] != self.features:
-            shortcut = conv1x1(
-                self.conv, self.features, strides=self.strides, name="shortcut_conv"
-            )(x)
+        shortcut = self._project(x) if self._changes_shape(x) else x
         y = nn.relu(self.norm(name="norm1")(x))
         y = conv3x3(self.conv, self.features, strides=self.strides, name="conv1")(y)
         y = nn.relu(self.norm(name="norm2")(y))

@@ -1,5 +1,6 @@
 """Batch-Channel Normalization in the moments form: one reduction pass, one elementwise pass."""
 
+import numbers
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -152,7 +153,7 @@ def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) ->
         )
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}, received {order!r}.")
-    if isinstance(rate, int | float) and not 0 <= rate <= 1:
+    if isinstance(rate, numbers.Real) and not 0 <= rate <= 1:
         raise ValueError(
             f"rate is the weight of the new statistics, from 0 to 1, received {rate}. "
             "It is one minus Flax's momentum: 0.1 where that is 0.9."
@@ -197,7 +198,7 @@ def _average(statistic, moments: ChannelMoments, running: RunningStats, axis_nam
     packed = jnp.append(sums.ravel(), jnp.sum(moments.weight))
     packed = packed if axis_name is None else lax.psum(packed, axis_name)
     total = packed[-1]
-    return packed[:-1].reshape(sums.shape) / jnp.maximum(total, 1), total > 0
+    return packed[:-1].reshape(sums.shape) / jnp.where(total > 0, total, 1), total > 0
 
 
 def _advance(running: RunningStats, rate: Rate, any_valid, mean, var) -> RunningStats:

@@ -65,7 +65,7 @@ def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMo
     # Select before multiplying: padding may hold anything, NaN included.
     centred = jnp.where(mask > 0, x - jnp.expand_dims(shift, axes), 0)
     weight = jnp.sum(mask, axes)
-    count = jnp.maximum(weight, 1)
+    count = jnp.where(weight > 0, weight, 1)
     mean = jnp.sum(mask * centred, axes) / count
     square = jnp.sum(mask * lax.square(centred), axes) / count
     return ChannelMoments(shift, mean, _variance(mean, square), weight)

@@ -11,7 +11,7 @@ from wsbcn_flax.training._checkpoint import (
 )
 from wsbcn_flax.training._evaluation import EvalStep, evaluate, make_eval_step
 from wsbcn_flax.training._loop import LoopConfig, NonFiniteLossError, fit
-from wsbcn_flax.training._micro_batches import LossFn, MicroBatches, split_batch
+from wsbcn_flax.training._micro_batches import Batch, LossFn, Metrics, MicroBatches, split_batch
 from wsbcn_flax.training._optimizer import OptimizerConfig, kernel_mask
 from wsbcn_flax.training._partition import Partition
 from wsbcn_flax.training._progress import Progress
@@ -27,6 +27,7 @@ from wsbcn_flax.training._writers import (
 )
 
 __all__ = [
+    "Batch",
     "CheckpointError",
     "CheckpointMismatchError",
     "CheckpointWarning",
@@ -38,6 +39,7 @@ __all__ = [
     "LoopConfig",
     "LossFn",
     "MetricWriter",
+    "Metrics",
     "MicroBatches",
     "MultiWriter",
     "NonFiniteLossError",
