@@ -6,6 +6,8 @@ from experiments import train
 from experiments.crash import CrashOptions, crash
 from wsbcn_flax.training import read_jsonl
 
+RECIPE = ["digits_resnet8_bcn_ws", "--epochs", "3", "--optim.learning-rate", "0.3"]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def data_dir(tmp_path_factory):
@@ -17,8 +19,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("run")
-    arguments = ["digits_resnet8_bcn_ws", "--out", str(folder), "--epochs", "3"]
-    assert train.main([*arguments, "--no-progress", "--eval-every", "30", "--tensorboard"]) == 0
+    arguments = [*RECIPE, "--out", str(folder), "--no-progress"]
+    assert train.main([*arguments, "--eval-every", "30", "--tensorboard"]) == 0
     return folder
 
 
@@ -33,8 +35,7 @@ def test_learns_digits(trained):
 
 def test_finished_run_is_not_trained_again(trained, capsys):
     before = (trained / "metrics.jsonl").read_text()
-    arguments = ["digits_resnet8_bcn_ws", "--out", str(trained), "--epochs", "3"]
-    assert train.main([*arguments, "--no-progress"]) == 0
+    assert train.main([*RECIPE, "--out", str(trained), "--no-progress"]) == 0
     assert (trained / "metrics.jsonl").read_text() == before
     assert "eval_error" in capsys.readouterr().out
 
@@ -42,7 +43,7 @@ def test_finished_run_is_not_trained_again(trained, capsys):
 def test_another_recipes_folder_is_refused(trained, capsys):
     arguments = ["digits_resnet8_bn", "--out", str(trained), "--no-progress"]
     assert train.main(arguments) == 1
-    assert "norm, weight, epochs differ" in capsys.readouterr().err
+    assert "norm, weight, optim, epochs differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
