@@ -1,6 +1,7 @@
 """Gradients of one batch, computed as several micro-batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -143,8 +144,8 @@ def _batched(loss_fn: LossFn) -> Callable:
     """
 
     def batched_loss_fn(params, batch_stats, batches, *, rng):
-        one = lambda batch, rng: loss_fn(params, batch_stats, batch, rng=rng)  # noqa: E731
-        outputs = jax.vmap(one, in_axes=(1, 0))(batches, rng)
+        one = functools.partial(loss_fn, params, batch_stats)
+        outputs = jax.vmap(one, in_axes=1)(batches, rng=rng)  # vmap maps keywords over axis 0.
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), outputs)
 
     return batched_loss_fn
