@@ -153,7 +153,7 @@ def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) ->
         )
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}, received {order!r}.")
-    if isinstance(rate, numbers.Real) and not 0 <= rate <= 1:
+    if isinstance(rate, numbers.Real) and not 0 <= float(rate) <= 1:
         raise ValueError(
             f"rate is the weight of the new statistics, from 0 to 1, received {rate}. "
             "It is one minus Flax's momentum: 0.1 where that is 0.9."
