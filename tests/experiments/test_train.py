@@ -80,6 +80,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path):
         recipe="digits_resnet8_bcn_ws", kills=2, epochs=2.0, checkpoint_every=5, seed=1
     )
     report = crash(options, tmp_path)
+    assert report.killed_at
     assert report.leaves > 50
     assert report.differing == ()
     assert report.same_metrics
