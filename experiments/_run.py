@@ -71,15 +71,10 @@ class Run:
             label_smoothing=recipe.label_smoothing,
         )
         transform = make_transform(recipe.weight)
-        steps_per_epoch = len(train_split) // recipe.batch.size
-        if steps_per_epoch < 1:
-            raise ValueError(
-                f"The batch must not exceed the training set, received a batch of "
-                f"{recipe.batch.size} for {len(train_split)} images."
-            )
-        optimizer = recipe.optim.make(
-            recipe.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+        schedule = recipe.optim.make_schedule(
+            steps_per_epoch=_steps_per_epoch(recipe, train_split), epochs=recipe.epochs
         )
+        optimizer = recipe.optim.make(schedule)
         train_step = make_train_step(
             task.loss_fn,
             optimizer,
@@ -104,7 +99,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps of the whole training."""
-        return round(self.recipe.epochs * (len(self.train_split) // self.recipe.batch.size))
+        return round(self.recipe.epochs * _steps_per_epoch(self.recipe, self.train_split))
 
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, on all devices."""
@@ -134,7 +129,7 @@ class Run:
         mean, std = self._statistics
         batches = eval_batches(
             self.eval_split,
-            batch_size=256 * jax.device_count(),
+            batch_size=256 * self.partition.mesh.size,
             mean=mean,
             std=std,
             host_index=jax.process_index(),
@@ -204,6 +199,16 @@ class Run:
     @functools.cached_property
     def _statistics(self):
         return channel_statistics(self.train_split.images)
+
+
+def _steps_per_epoch(recipe: Recipe, train_split: ImageSplit) -> int:
+    steps = len(train_split) // recipe.batch.size
+    if steps < 1:
+        raise ValueError(
+            f"The batch must not exceed the training set, received a batch of "
+            f"{recipe.batch.size} for {len(train_split)} images."
+        )
+    return steps
 
 
 def _devices(count: int | None) -> list[Any]:

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ import rich
 import tyro
 
 from experiments._figure import draw, require_matplotlib
+from experiments._files import write_json
 from experiments._recipes import Recipe, get_recipe
 from experiments._results import Result, summary_table
 from experiments._run import Run
@@ -128,9 +128,7 @@ def _write_json(options: CompareOptions, results: list[Result]) -> None:
         "cpus": os.cpu_count(),
         "runs": [result._asdict() for result in results],
     }
-    temporary = options.out / "results.json.tmp"
-    temporary.write_text(json.dumps(document, indent=2) + "\n")
-    temporary.replace(options.out / "results.json")
+    write_json(options.out / "results.json", document)
 
 
 if __name__ == "__main__":

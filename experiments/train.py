@@ -10,6 +10,7 @@ import rich
 import tyro
 from rich.table import Table
 
+from experiments._files import write_json
 from experiments._recipes import Recipe, get_recipe, recipe_names
 from experiments._run import Run
 from wsbcn_flax.training import LoopConfig
@@ -76,7 +77,7 @@ def train(options: TrainOptions, *, folder: Path) -> dict[str, float]:
         show_progress=options.progress,
     )
     _, metrics = run.fit_in(folder, config, tensorboard=options.tensorboard)
-    (folder / "result.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / "result.json", metrics)
     rich.print(_table(folder, run.steps, metrics))
     return metrics
 
@@ -84,14 +85,13 @@ def train(options: TrainOptions, *, folder: Path) -> dict[str, float]:
 def _claim(folder: Path, recipe: Recipe) -> None:
     """Writes the recipe beside the run, or checks that the run there is this recipe's."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / "recipe.json", dataclasses.asdict(recipe)
-    text = json.dumps(wanted, indent=2)
+    path = folder / "recipe.json"
+    # As JSON gives it back: tuples become lists.
+    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(path)
-    elif (found := json.loads(path.read_text())) != json.loads(text):
-        differing = [key for key in wanted if found.get(key) != json.loads(text)[key]]
+        write_json(path, wanted)
+    elif (found := json.loads(path.read_text())) != wanted:
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
         raise ValueError(
             f"{folder} holds a run whose {', '.join(differing)} differ from what was asked for. "
             "Resume it with its own options (recipe.json), or choose another folder with --out."

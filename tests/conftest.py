@@ -31,3 +31,12 @@ def mesh8():
     """Eight simulated devices along one axis named "data"."""
     assert jax.device_count() == 8
     return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles several times faster to slower code: for modules of tests that mostly compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

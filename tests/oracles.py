@@ -1,7 +1,6 @@
 """Formulas of the papers, written once more in plain numpy or autodiff, to test against."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -89,14 +88,3 @@ def value_and_vjp(function: Callable, primals: tuple, cotangent) -> tuple:
         return value, vjp(cotangent)
 
     return evaluate(primals, cotangent)
-
-
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Compiles several times faster to slower code: for tests that mostly compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)

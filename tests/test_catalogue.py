@@ -11,7 +11,6 @@ from absl.testing import parameterized
 from catalogue import CATALOGUE
 from flax import traverse_util
 from jax import lax
-from oracles import quick_compilation
 
 from wsbcn_flax import layers, models
 
@@ -19,10 +18,7 @@ each_entry = pytest.mark.parametrize("entry", CATALOGUE.values(), ids=list(CATAL
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=2e-4, atol=2e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def loss_fn(entry, params, variables, x, dtype=None):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from oracles import normal, quick_compilation
+from oracles import normal
 
 from wsbcn_flax import BatchChannelNorm, batch_channel_norm
 from wsbcn_flax.ops import RunningStats
@@ -15,10 +15,7 @@ from wsbcn_flax.ops import RunningStats
 X = 2 + normal(1, 2, 5, 6, 8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def init(norm, x=X):

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from oracles import normal, quick_compilation, tree_relative_error, value_and_vjp
+from oracles import normal, tree_relative_error, value_and_vjp
 
 from wsbcn_flax import WSConv, WSConvTranspose, WSDense, standardize
 from wsbcn_flax.ops import PRESETS
@@ -52,10 +52,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.usefixtures("x64")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from oracles import normal, quick_compilation
+from oracles import normal
 
 from wsbcn_flax import BatchChannelNorm, WSConv
 from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
@@ -25,10 +25,7 @@ NORMS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from jax.test_util import check_grads
 from oracles import (
     STANDARDIZED,
     normal,
-    quick_compilation,
     relative_error,
     tree_relative_error,
     value_and_vjp,
@@ -30,10 +29,7 @@ GOLDEN_FILES = {
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def formula(preset, kernel, xp=np, out_axis=-1):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import traverse_util
-from oracles import normal, quick_compilation, tree_relative_error
+from oracles import normal, tree_relative_error
 
 from wsbcn_flax import WeightStandardization, WSConv, WSConvTranspose, standardize
 from wsbcn_flax.models import CifarResNet
@@ -14,10 +14,7 @@ from wsbcn_flax.ops import PRESETS
 X = normal(1, 2, 8, 8, 3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Net(nn.Module):
