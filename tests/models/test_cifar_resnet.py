@@ -3,27 +3,20 @@
 import functools
 
 import chex
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from networks import NORMS, abstract_variables, count
 from oracles import normal
 
-from wsbcn_flax import BatchChannelNorm, WSConv
+from wsbcn_flax import WSConv
 from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
 
 X = normal(1, 2, 16, 16, 3)
-Bcn = functools.partial(BatchChannelNorm, num_groups=4)
-NORMS = {
-    "batch_norm": nn.BatchNorm,
-    "group_norm": functools.partial(nn.GroupNorm, num_groups=4),
-    "layer_norm": nn.LayerNorm,
-    "bcn": Bcn,
-    "bcn_per_channel": functools.partial(Bcn, affine="channel"),
-}
-
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -31,14 +24,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @functools.cache
 def init(model):
     return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), X)
-
-
-def shapes(model):
-    return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), X)
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def closed_form(depth, width, classes, *, preactivation):
@@ -58,13 +43,13 @@ def closed_form(depth, width, classes, *, preactivation):
 def test_number_of_parameters(depth, width, block):
     model = CifarResNet(depth=depth, width=width, num_classes=7, block=block)
     expected = closed_form(depth, width, 7, preactivation=block is PreActBlock)
-    assert count(shapes(model)["params"]) == expected
+    assert count(abstract_variables(model)["params"]) == expected
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(20, 272_474), (110, 1_730_714)])
 def test_number_of_parameters_is_the_published_one(depth, expected):
     """Of the network with projection shortcuts and 10 classes."""
-    assert count(shapes(CifarResNet(depth=depth))["params"]) == expected
+    assert count(abstract_variables(CifarResNet(depth=depth))["params"]) == expected
 
 
 def test_convolutions_start_he_normal_by_fan_out():
@@ -78,43 +63,6 @@ def test_convolutions_start_he_normal_by_fan_out():
         np.testing.assert_allclose(jnp.std(kernel), std, rtol=tolerance, err_msg=path)
         if kernel.size > 1e4:
             assert jnp.abs(kernel).max() > 2.5 * std, "not truncated"
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_basic_blocks_start_as_their_shortcut(norm):
-    """The last scale of each branch is zero; so its gradient is the only one in the branch."""
-    block = BasicBlock(
-        8,
-        conv=nn.Conv,
-        norm=functools.partial(NORMS[norm], use_running_average=False)
-        if norm in ("batch_norm", "bcn", "bcn_per_channel")
-        else NORMS[norm],
-    )
-    x = normal(2, 2, 6, 6, 8)
-    y, variables = jax.jit(block.init_with_output)(jax.random.key(0), x)
-    chex.assert_trees_all_equal(y, nn.relu(x))
-
-    @jax.jit
-    def gradients(params):
-        def loss_fn(params):
-            y, _ = block.apply({**variables, "params": params}, x, mutable=["batch_stats"])
-            return jnp.sum(jnp.sin(y))
-
-        return jax.grad(loss_fn)(params)
-
-    norm2 = gradients(variables["params"])["norm2"]
-    last_scale = norm2["channel_scale" if norm.startswith("bcn") else "scale"]
-    assert jnp.abs(last_scale).min() > 0
-
-
-def test_preactivation_branches_learn_from_the_start():
-    """No scale starts at zero: its gradient would be zero behind the ReLU."""
-    block = PreActBlock(8, conv=nn.Conv, norm=nn.LayerNorm)
-    x = normal(2, 2, 6, 6, 8)
-    params = jax.jit(block.init)(jax.random.key(0), x)["params"]
-    loss_fn = lambda p: jnp.sum(jnp.sin(block.apply({"params": p}, x)))  # noqa: E731
-    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss_fn))(params)):
-        assert jnp.abs(leaf).max() > 0
 
 
 @pytest.mark.parametrize("block", [BasicBlock, PreActBlock])
@@ -151,7 +99,8 @@ def test_injected_norms_are_told_the_mode(norm, block):
 
 def test_injected_convolution_is_everywhere_but_in_the_head():
     conv = functools.partial(WSConv, preset="nfnet")
-    params = shapes(CifarResNet(depth=8, width=8, conv=conv, norm=nn.LayerNorm))["params"]
+    model = CifarResNet(depth=8, width=8, conv=conv, norm=nn.LayerNorm)
+    params = abstract_variables(model)["params"]
     leaves = traverse_util.flatten_dict(params, sep="/")
     gains = {path.rpartition("/")[0] for path in leaves if path.endswith("/gain")}
     kernels = {path.rpartition("/")[0] for path in leaves if path.endswith("/kernel")}
@@ -180,6 +129,22 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(norm):
     hidden = {leaf.dtype for path, leaf in intermediates.items() if path.startswith("stage")}
     assert hidden == {jnp.dtype(jnp.bfloat16)}
     assert 0 < jnp.abs(logits - expected).max() < 0.1 * jnp.abs(expected).max()
+
+
+def test_dropout_needs_a_key_only_where_it_drops():
+    never = CifarResNet(depth=8, width=8, norm=nn.LayerNorm, block=PreActBlock)
+    often = never.clone(dropout_rate=0.5)
+    variables = init(often)
+    train = jax.jit(lambda key: often.apply(variables, X, train=True, rngs={"dropout": key}))
+    jax.eval_shape(functools.partial(never.apply, train=True), variables, X)  # Without a key.
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        often.apply(variables, X, train=True)
+    one, again, other = (train(jax.random.key(seed)) for seed in (1, 1, 2))
+    chex.assert_trees_all_equal(one, again)
+    assert jnp.abs(one - other).max() > 1e-3
+    chex.assert_trees_all_equal(
+        *(jax.jit(functools.partial(m.apply, train=False))(variables, X) for m in (never, often))
+    )
 
 
 def test_stages_double_the_width_and_halve_the_resolution():

@@ -1,28 +1,38 @@
-"""Residual networks of depth 6n + 2 for small images."""
+"""Residual networks of three stages for small images."""
 
 import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from wsbcn_flax.models._blocks import BasicBlock, ModuleFactory, PreActBlock, bind_mode, conv3x3
+from wsbcn_flax.models._blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
+from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+from wsbcn_flax.models._stages import probe, residual_stages
 
 
 class CifarResNet(nn.Module):
     """The CIFAR residual network: a 3x3 stem, three stages of n blocks, average pooling, a head.
 
-    Depth 6n + 2: 8, 14, 20, 32, 44, 56, 110. Stages have width, 2 width and 4 width channels; the
-    second and third halve the resolution. Initialization is the authors': he-normal with fan-out,
-    and the last normalization scale of each residual branch at zero.
+    Depth 6n + 2 (8, 14, 20, 32, 44, 56, 110) with blocks of two convolutions and 9n + 2 (11, 20,
+    29, 164) with bottlenecks. Stages have 1, 2 and 4 times the first one's channels; the second and
+    third halve the resolution. Initialization is the authors': he-normal with fan-out, and the last
+    normalization scale of each residual branch at zero.
+
+    Partials of this class, for CIFAR: ``PreResNet110``, ``PreResNet164``, ``ResNeXt29_8x64d`` and
+    ``WRN28_10``, whose 28 counts the three convolutions of shortcuts but not the head: its depth
+    here is 26.
 
     Attributes:
-        depth: 6n + 2.
+        depth: layers with weights, shortcuts not counted: 6n + 2 or 9n + 2.
         num_classes: features of the head.
-        width: channels of the first stage.
+        width: channels of the stem.
+        features: channels that the first stage's blocks return; ``width`` if None.
         stem_strides: of the stem's convolution; 2 for images whose detail is coarse, such as
             MNIST's, at a quarter of the cost.
-        block: ``BasicBlock`` or ``PreActBlock``.
+        dropout_rate: in each block before its last convolution; above 0, training needs
+            ``rngs={"dropout": key}``.
+        block: ``BasicBlock``, ``PreActBlock``, ``Bottleneck``, ``PreActBottleneck``, a partial of
+            one, or any of these under ``nn.remat``.
         conv: makes a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
         norm: makes a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or a
             partial of them. It is told the mode where it takes ``use_running_average``.
@@ -30,10 +40,15 @@ class CifarResNet(nn.Module):
 
     Raises:
         TypeError: for images that are not floating-point.
-        ValueError: for a depth that is not 6n + 2, or images that are not [B, H, W, C].
+        ValueError: for a depth that whole blocks do not make, a dropout rate outside [0, 1), or
+            images that are not [B, H, W, C].
 
     References:
-        He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
+        He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;
+        He et al., Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027;
+        Xie et al., Aggregated Residual Transformations for Deep Neural Networks,
+        https://arxiv.org/abs/1611.05431; Zagoruyko and Komodakis, Wide Residual Networks,
+        https://arxiv.org/abs/1605.07146
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -51,18 +66,28 @@ class CifarResNet(nn.Module):
     depth: int
     num_classes: int = 10
     width: int = 16
+    features: int | None = None
     stem_strides: int = 1
-    block: type[BasicBlock] | type[PreActBlock] = BasicBlock
+    dropout_rate: float = 0.0
+    block: ModuleFactory = BasicBlock
     conv: ModuleFactory = nn.Conv
     norm: ModuleFactory = nn.BatchNorm
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        if self.depth < 8 or (self.depth - 2) % 6:
+        layers = 3 * probe(self.block, self._features).depth
+        if self.depth < layers + 2 or (self.depth - 2) % layers:
+            examples = ", ".join(str(layers * n + 2) for n in (1, 2, 3, 4, 6, 9, 18))
             raise ValueError(
-                f"depth must be 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), received {self.depth}."
+                f"depth must be {layers}n + 2 ({examples}, ...), received {self.depth}."
             )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), received {self.dropout_rate}.")
         super().__post_init__()
+
+    @property
+    def _features(self) -> int:
+        return self.width if self.features is None else self.features
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -70,38 +95,37 @@ class CifarResNet(nn.Module):
 
         Args:
             images: normalized images.
-            train: whether normalizations use and update training statistics; then apply with
-                ``mutable=["batch_stats"]``.
+            train: whether normalizations use and update training statistics, and dropout drops;
+                then apply with ``mutable=["batch_stats"]``.
         """
-        _check_images(images)
+        check_images(images)
         conv = functools.partial(self.conv, dtype=self.dtype)
         norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
-        x = conv3x3(conv, self.width, strides=self.stem_strides, name="stem_conv")(images)
-        if self.block.normalizes_output:
-            x = nn.relu(norm(name="stem_norm")(x))
-        for stage in range(3):
-            for index in range((self.depth - 2) // 6):
-                x = self.block(
-                    self.width * 2**stage,
-                    conv=conv,
-                    norm=norm,
-                    strides=2 if stage > 0 and index == 0 else 1,
-                    name=f"stage{stage + 1}_block{index + 1}",
-                )(x)
-        if not self.block.normalizes_output:
-            x = nn.relu(norm(name="last_norm")(x))
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        return nn.Dense(self.num_classes, name="head")(x)
+        dropout = functools.partial(nn.Dropout, self.dropout_rate, deterministic=not train)
+        blocks = (self.depth - 2) // (3 * probe(self.block, self._features).depth)
+        x = residual_stages(
+            make_conv(conv, self.width, 3, strides=self.stem_strides, name="stem_conv")(images),
+            stage_sizes=(blocks, blocks, blocks),
+            features=self._features,
+            block=functools.partial(self.block, conv=conv, norm=norm, dropout=dropout),
+            norm=norm,
+        )
+        return classify(x, self.num_classes)
 
 
-def _check_images(images: jax.Array) -> None:
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(
-            f"The model needs floating-point images, received {images.dtype}. Convert and "
-            "normalize them first, for example images.astype(jnp.float32) / 255."
-        )
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(
-            f"The model needs non-empty images [B, H, W, C], received shape {images.shape}. "
-            "A single image is images[None]; grey images have C = 1."
-        )
+PreResNet110 = functools.partial(CifarResNet, depth=110, block=PreActBlock)
+PreResNet164 = functools.partial(CifarResNet, depth=164, features=64, block=PreActBottleneck)
+ResNeXt29_8x64d = functools.partial(
+    CifarResNet,
+    depth=29,
+    width=64,
+    features=256,
+    block=functools.partial(Bottleneck, groups=8),
+)
+WRN28_10 = functools.partial(
+    CifarResNet,
+    depth=26,
+    features=160,
+    dropout_rate=0.3,
+    block=functools.partial(PreActBlock, activated_shortcut=True),
+)

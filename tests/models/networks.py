@@ -1,0 +1,39 @@
+"""The public networks and the normalizations to inject, for tests that run over all of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wsbcn_flax import BatchChannelNorm, models
+
+Bcn = functools.partial(BatchChannelNorm, num_groups=4)
+NORMS = {
+    "batch_norm": nn.BatchNorm,
+    "group_norm": functools.partial(nn.GroupNorm, num_groups=4),
+    "layer_norm": nn.LayerNorm,
+    "bcn": Bcn,
+    "bcn_per_channel": functools.partial(Bcn, affine="channel"),
+}
+# ResNet50 and the like: partials, which take every option of their class.
+NETWORKS = {
+    name: getattr(models, name)
+    for name in models.__all__
+    if isinstance(getattr(models, name), functools.partial)
+}
+
+
+def image_size(model: nn.Module) -> int:
+    """Of the data set that the network's number of classes belongs to."""
+    return 224 if model.num_classes == 1000 else 32
+
+
+def abstract_variables(model: nn.Module, size: int = 16):
+    """Shapes and dtypes of the model's variables: nothing is computed."""
+    init = functools.partial(model.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), jnp.ones((2, size, size, 3)))
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,73 @@
+"""DenseNet: what its layers append and its transitions halve, and its size."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from networks import abstract_variables, count
+from oracles import normal
+
+from wsbcn_flax.models import DenseNet, DenseNetBC100_12
+from wsbcn_flax.models._densenet import _DenseLayer
+
+
+def closed_form(depth, growth, classes):
+    """Every convolution is normalized before: two numbers for each of its input channels."""
+    channels, total = 2 * growth, 27 * 2 * growth
+    for block in range(3):
+        for _ in range((depth - 4) // 6):
+            total += channels * (2 + 4 * growth) + 4 * growth * (2 + 9 * growth)
+            channels += growth
+        if block < 2:
+            total += channels * (2 + channels // 2)
+            channels //= 2
+    return total + 2 * channels + (channels + 1) * classes
+
+
+@pytest.mark.parametrize("depth", [10, 22, 40])
+@pytest.mark.parametrize("growth", [4, 5])
+def test_number_of_parameters(depth, growth):
+    model = DenseNet(depth=depth, growth=growth, num_classes=7)
+    assert count(abstract_variables(model)["params"]) == closed_form(depth, growth, 7)
+
+
+def test_the_published_network_agrees_with_the_closed_form():
+    assert closed_form(100, 12, 10) == 769_162
+
+
+def test_layers_append_channels_and_transitions_halve_them():
+    init = functools.partial(
+        DenseNetBC100_12(norm=nn.LayerNorm).init_with_output,
+        train=False,
+        capture_intermediates=True,
+    )
+    _, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+    output = lambda name: variables["intermediates"][name]["__call__"][0].shape  # noqa: E731
+    assert output("stem_conv") == (1, 32, 32, 24)
+    assert output("block1_layer1") == (1, 32, 32, 36)
+    assert output("block1_layer16") == (1, 32, 32, 216)
+    assert output("transition1") == (1, 16, 16, 108)
+    assert output("block2_layer16") == (1, 16, 16, 300)
+    assert output("transition2") == (1, 8, 8, 150)
+    assert output("block3_layer16") == output("last_norm") == (1, 8, 8, 342)
+
+
+def test_channels_are_divisible_by_six():
+    """So that 2, 3 and 6 groups are what a normalization may have; four are too many."""
+    groups = lambda n: functools.partial(nn.GroupNorm, num_groups=n)  # noqa: E731
+    for n in (2, 3, 6):
+        abstract_variables(DenseNetBC100_12(norm=groups(n)), 32)
+    with pytest.raises(ValueError, match="groups"):
+        abstract_variables(DenseNetBC100_12(norm=groups(4)), 32)
+
+
+def test_a_layer_hands_its_input_on_untouched():
+    x = normal(6, 2, 4, 4, 5)
+    layer = _DenseLayer(3, conv=nn.Conv, norm=nn.LayerNorm)
+    y, _ = jax.jit(layer.init_with_output)(jax.random.key(0), x)
+    assert y.shape == (2, 4, 4, 8)
+    chex.assert_trees_all_equal(y[..., :5], x)
+    assert jnp.abs(y[..., 5:]).min() > 0

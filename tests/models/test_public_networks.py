@@ -1,0 +1,175 @@
+"""Every named network: its size, every normalization in it, what is standardized of it."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import traverse_util
+from networks import NETWORKS, abstract_variables, count, image_size
+
+from wsbcn_flax import BatchChannelNorm, WeightStandardization, WSConv
+from wsbcn_flax.models import CifarResNet
+
+each_network = pytest.mark.parametrize("name", NETWORKS)
+# Groups that divide every number of channels.
+GROUPS = {"DenseNetBC100_12": 6}
+BCN_OPTIONS = [
+    {"affine": affine, "order": order, "statistics": statistics}
+    for affine in ("group", "channel")
+    for order in ("update_first", "normalize_first")
+    for statistics in ("estimate", "batch")
+]
+NORM_FACTORIES = {
+    "bn": lambda groups: nn.BatchNorm,
+    "gn": lambda groups: functools.partial(nn.GroupNorm, num_groups=groups),
+    "ln": lambda groups: nn.LayerNorm,
+    "in": lambda groups: nn.InstanceNorm,
+    **{
+        "-".join(("bcn", *options.values())): functools.partial(
+            lambda groups, options: functools.partial(
+                BatchChannelNorm, num_groups=groups, **options
+            ),
+            options=options,
+        )
+        for options in BCN_OPTIONS
+    },
+}
+
+
+# With two numbers per normalized channel. ImageNet's are torchvision's and the published
+# checkpoints'; CIFAR's round to those of the papers and of the code base the authors built on.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    {
+        "ResNet18": 11_689_512,
+        "ResNet34": 21_797_672,
+        "ResNet50": 25_557_032,
+        "ResNet101": 44_549_160,
+        "ResNet152": 60_192_808,
+        "ResNeXt50_32x4d": 25_028_904,
+        "ResNeXt101_32x4d": 44_177_704,
+        "PreResNet110": 1_730_522,
+        "PreResNet164": 1_703_258,
+        "ResNeXt29_8x64d": 34_426_698,
+        "WRN28_10": 36_479_194,
+        "VGG16": 14_724_042,
+        "VGG19": 20_035_018,
+        "DenseNetBC100_12": 769_162,
+    }.items(),
+)
+def test_number_of_parameters(name, parameters):
+    for norm in (nn.BatchNorm, NORM_FACTORIES["gn"](GROUPS.get(name, 2))):
+        model = NETWORKS[name](norm=norm)
+        assert count(abstract_variables(model, image_size(model))["params"]) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    {"ResNet50": 25_613_597, "ResNet101": 44_661_264, "ResNeXt50_32x4d": 25_100_573}.items(),
+)
+def test_number_of_values_in_the_published_bcn_checkpoints(name, total):
+    """Parameters, running means and variances and their count, over the published lists of keys."""
+    assert count(abstract_variables(NETWORKS[name](norm=BatchChannelNorm), 224)) == total
+
+
+def three_stages(n, stem, features, branch, *, preactivation):
+    """Parameters with 10 classes, from the papers' tables.
+
+    ``branch`` lists the convolutions (size, input, output, groups) of a block from one number of
+    channels to another.
+    """
+    total = 27 * stem + 2 * (4 * features if preactivation else stem) + (4 * features + 1) * 10
+    channels = stem
+    for out in (features, 2 * features, 4 * features):
+        for _ in range(n):
+            convolutions = branch(channels, out)
+            total += sum(k * k * i * o // groups for k, i, o, groups in convolutions)
+            total += 2 * sum(i if preactivation else o for _, i, o, _ in convolutions)
+            if channels != out:
+                total += channels * out + (0 if preactivation else 2 * out)
+            channels = out
+    return total
+
+
+def basic(i, o):
+    return [(3, i, o, 1), (3, o, o, 1)]
+
+
+def bottleneck(i, o, *, inner=0.25, groups=1):
+    width = int(o * inner)
+    return [(1, i, width, 1), (3, width, width, groups), (1, width, o, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "expected"),
+    [
+        ("PreResNet110", 1.73, three_stages(18, 16, 16, basic, preactivation=True)),
+        ("PreResNet164", 1.70, three_stages(18, 16, 64, bottleneck, preactivation=True)),
+        (
+            "ResNeXt29_8x64d",
+            34.43,
+            three_stages(
+                3, 64, 256, functools.partial(bottleneck, inner=2, groups=8), preactivation=False
+            ),
+        ),
+        ("WRN28_10", 36.48, three_stages(4, 16, 160, basic, preactivation=True)),
+        ("VGG19", 20.04, None),
+        ("DenseNetBC100_12", 0.77, None),
+    ],
+)
+def test_number_of_parameters_by_the_papers_tables(name, millions, expected):
+    parameters = count(abstract_variables(NETWORKS[name](), 32)["params"])
+    assert round(parameters / 1e6, 2) == millions
+    assert expected in (parameters, None)
+
+
+def shallow(network):
+    """The network with as few blocks as it can have, and the same numbers of channels."""
+    if "stage_sizes" in network.keywords:
+        return functools.partial(network, stage_sizes=(1,) * len(network.keywords["stage_sizes"]))
+    if network.func is CifarResNet:
+        block = network.keywords["block"]
+        return functools.partial(network, depth=3 * getattr(block, "func", block).depth + 2)
+    return network
+
+
+# Of networks that differ in the number of blocks alone, one.
+DISTINCT = {shallow(network)(): name for name, network in NETWORKS.items()}.values()
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("norm", NORM_FACTORIES)
+def test_takes_every_normalization(name, norm):
+    """Abstractly: variables, and a training step's logits and statistics."""
+    groups = GROUPS.get(name, 16 if NETWORKS[name]().num_classes == 10 else 32)
+    model = shallow(NETWORKS[name])(conv=WSConv, norm=NORM_FACTORIES[norm](groups))
+    size = image_size(model)
+    variables = abstract_variables(model, size)
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+
+    def train(variables, images):
+        return model.apply(
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+
+    logits, updates = jax.eval_shape(train, variables, images)
+    assert logits == jax.ShapeDtypeStruct((2, model.num_classes), jnp.float32)
+    assert updates.get("batch_stats") == variables.get("batch_stats")
+
+
+@each_network
+@pytest.mark.parametrize("norm", ["bn", "gn", "bcn-group-update_first-estimate"])
+def test_weight_standardization_takes_every_convolution_and_nothing_else(name, norm):
+    """By its default rule."""
+    model = NETWORKS[name](norm=NORM_FACTORIES[norm](2))
+    params = abstract_variables(model, image_size(model))["params"]
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    convolutions = [path for path, leaf in leaves.items() if leaf.ndim == 4]
+    assert WeightStandardization().paths(params) == convolutions
+    assert leaves["head/kernel"].ndim == 2

@@ -1,0 +1,123 @@
+"""Densely connected networks with bottlenecks and compression, for small images."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+
+
+class _DenseLayer(nn.Module):
+    """[x, conv2(relu(norm2(conv1(relu(norm1(x))))))] along the channels, 1x1 then 3x3."""
+
+    growth: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(self.norm(name="norm1")(x))
+        y = make_conv(self.conv, 4 * self.growth, 1, name="conv1")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = make_conv(self.conv, self.growth, 3, name="conv2")(y)
+        return jnp.concatenate([x, y], axis=-1)
+
+
+class _Transition(nn.Module):
+    """Half the channels, by a 1x1 convolution, and half the resolution, by averaging."""
+
+    conv: ModuleFactory
+    norm: ModuleFactory
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(self.norm(name="norm")(x))
+        y = make_conv(self.conv, x.shape[-1] // 2, 1, name="conv")(y)
+        return nn.avg_pool(y, (2, 2), strides=(2, 2))
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC: a 3x3 stem, three blocks of n dense layers, transitions between them, a head.
+
+    Depth 6n + 4: 10, 16, 22, 40, 100. A dense layer appends ``growth`` channels to its input, by
+    norm, ReLU, 1x1 convolution to 4 growth channels (B for bottleneck), norm, ReLU, 3x3
+    convolution. A transition halves the channels (C for compression), after norm and ReLU, and the
+    resolution. The stem has 2 growth channels; a norm and a ReLU end the last block. Initialization
+    is he-normal with fan-out.
+
+    ``DenseNetBC100_12`` is a partial of this class with depth 100 and growth 12. All its numbers of
+    channels are divisible by 6 and by no larger number, which bounds the groups of a normalization.
+
+    Submodules: ``stem_conv``, ``block{b}_layer{l}`` with ``norm1``, ``conv1``, ``norm2`` and
+    ``conv2``, ``transition{b}`` with ``norm`` and ``conv``, ``last_norm`` and ``head``.
+
+    Attributes:
+        depth: 6n + 4.
+        growth: channels that each layer appends.
+        num_classes: features of the head.
+        conv: makes a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
+        norm: makes a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or a
+            partial of them. It is told the mode where it takes ``use_running_average``.
+        dtype: of the computation; the head's logits are float32 or wider.
+
+    Raises:
+        TypeError: for images that are not floating-point.
+        ValueError: for a depth that is not 6n + 4, a growth below 1, or images that are not
+            [B, H, W, C] or smaller than 4x4.
+
+    References:
+        Huang et al., Densely Connected Convolutional Networks, https://arxiv.org/abs/1608.06993
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp
+        >>> from wsbcn_flax import BatchChannelNorm, WSConv
+        >>> from wsbcn_flax.models import DenseNetBC100_12
+        >>> model = DenseNetBC100_12(
+        ...     conv=WSConv, norm=functools.partial(BatchChannelNorm, num_groups=6))
+        >>> init = functools.partial(model.init, train=False)
+        >>> shapes = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+        >>> shapes["params"]["head"]["kernel"].shape
+        (342, 10)
+    """
+
+    depth: int
+    growth: int
+    num_classes: int = 10
+    conv: ModuleFactory = nn.Conv
+    norm: ModuleFactory = nn.BatchNorm
+    dtype: jax.typing.DTypeLike | None = None
+
+    def __post_init__(self):
+        if self.depth < 10 or (self.depth - 4) % 6:
+            raise ValueError(
+                f"depth must be 6n + 4 (10, 16, 22, 40, 100, ...), received {self.depth}."
+            )
+        if self.growth < 1:
+            raise ValueError(f"growth must be at least 1, received {self.growth}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Logits [B, num_classes] of floating-point images [B, H, W, C].
+
+        Args:
+            images: normalized images, at least 4 high and wide.
+            train: whether normalizations use and update training statistics; then apply with
+                ``mutable=["batch_stats"]``.
+        """
+        check_images(images, halvings=2)
+        conv = functools.partial(self.conv, dtype=self.dtype)
+        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
+        x = make_conv(conv, 2 * self.growth, 3, name="stem_conv")(images)
+        for block in (1, 2, 3):
+            if block > 1:
+                x = _Transition(conv=conv, norm=norm, name=f"transition{block - 1}")(x)
+            for layer in range(1, (self.depth - 4) // 6 + 1):
+                name = f"block{block}_layer{layer}"
+                x = _DenseLayer(self.growth, conv=conv, norm=norm, name=name)(x)
+        return classify(nn.relu(norm(name="last_norm")(x)), self.num_classes)
+
+
+DenseNetBC100_12 = functools.partial(DenseNet, depth=100, growth=12)

@@ -1,0 +1,78 @@
+"""What every network shares: convolutions, the normalization's mode, the head, the input check."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ModuleFactory = Callable[..., nn.Module]
+
+# The authors' initialization (he et al., fan-out, not truncated).
+kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def make_conv(
+    conv: ModuleFactory,
+    features: int,
+    size: int,
+    *,
+    strides: int = 1,
+    groups: int = 1,
+    name: str,
+) -> nn.Module:
+    """A convolution of size x size without bias, padded on every side as PyTorch pads it."""
+    return conv(
+        features,
+        (size, size),
+        strides=strides,
+        padding=(size - 1) // 2,
+        feature_group_count=groups,
+        use_bias=False,
+        kernel_init=kernel_init,
+        name=name,
+    )
+
+
+def bind_mode(norm: ModuleFactory, *, train: bool) -> ModuleFactory:
+    """Tells a normalization the mode if it has one, so that any of Flax's can be injected.
+
+    ``nn.BatchNorm`` and ``BatchChannelNorm`` take ``use_running_average``; ``nn.GroupNorm`` and
+    ``nn.LayerNorm`` are the same in training and evaluation and do not.
+    """
+    if "use_running_average" in inspect.signature(norm).parameters:
+        return functools.partial(norm, use_running_average=not train)
+    return norm
+
+
+def classify(x: jax.Array, num_classes: int) -> jax.Array:
+    """Logits [B, num_classes] from the mean over positions of x [B, H, W, C], in float32 or wider.
+
+    The dense layer, named ``head``, is a submodule of whichever calls this.
+    """
+    x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return nn.Dense(num_classes, name="head")(x)
+
+
+def check_images(images: jax.Array, *, halvings: int = 0) -> None:
+    """Raises TypeError or ValueError unless ``images`` are floating-point [B, H, W, C].
+
+    ``halvings`` is how often unpadded pooling halves the resolution, which must leave something.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"The model needs floating-point images, received {images.dtype}. Convert and "
+            "normalize them first, for example images.astype(jnp.float32) / 255."
+        )
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            f"The model needs non-empty images [B, H, W, C], received shape {images.shape}. "
+            "A single image is images[None]; grey images have C = 1."
+        )
+    if min(images.shape[1:3]) < 2**halvings:
+        raise ValueError(
+            f"The model halves the resolution {halvings} times and needs images of at least "
+            f"{2**halvings}x{2**halvings}, received shape {images.shape}. Enlarge or pad them."
+        )
