@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cifar_archives import write_cifar
 
 import wsbcn_flax
-from wsbcn_flax.data import IdxFormatError, builders, load_split
+from wsbcn_flax.data import CifarFormatError, IdxFormatError, builders, load_split
+from wsbcn_flax.data._cifar import CIFAR10, CIFAR100
 from wsbcn_flax.data._sources import read_digits, read_mnist5k
 
 SOURCES = {"mnist5k": (read_mnist5k, 4000, 1000), "digits": (read_digits, 1437, 360)}
@@ -47,6 +49,7 @@ def test_classes_keep_their_shares(packaged):
     counts = np.bincount(labels)
     for split, size in zip(splits, sizes, strict=True):
         assert split.num_classes == 10
+        assert split.class_names == tuple("0123456789")
         shares = counts * size / len(labels)
         assert np.abs(np.bincount(split.labels, minlength=10) - shares).max() <= 1
 
@@ -136,6 +139,7 @@ def test_idx_files_round_trip(tmp_path, write_idx_folder):
             "fashion_mnist", split, data_dir=tmp_path / "data", source_dir=tmp_path / "idx"
         )
         assert examples(loaded.images, loaded.labels) == examples(images, labels)
+        assert loaded.class_names[9] == "Ankle boot"
 
 
 def test_other_idx_files_are_not_taken_for_those_prepared(tmp_path, write_idx_folder):
@@ -162,3 +166,32 @@ def test_idx_files_of_another_kind(tmp_path, write_idx_folder, wrong, message):
     with pytest.raises(IdxFormatError, match=message):
         load_split("fashion_mnist", "train", data_dir=tmp_path, source_dir=tmp_path / "idx")
     assert not list(tmp_path.glob("fashion_mnist_idx/*"))
+
+
+@pytest.mark.parametrize(("name", "layout"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_cifar_archives_round_trip(tmp_path, name, layout):
+    written = write_cifar(tmp_path / "archive", layout)
+    for split, (images, labels) in written.items():
+        loaded = load_split(
+            name, split, data_dir=tmp_path / "data", source_dir=tmp_path / "archive"
+        )
+        assert examples(loaded.images, loaded.labels) == examples(images, labels)
+        assert (loaded.num_classes, loaded.image_shape) == (layout.num_classes, (32, 32, 3))
+        assert loaded.class_names == tuple(f"class_{n}" for n in range(layout.num_classes))
+
+
+def test_another_cifar_archive_is_not_taken_for_that_prepared(tmp_path):
+    write_cifar(tmp_path / "one", CIFAR10, seed=1)
+    write_cifar(tmp_path / "two", CIFAR10, seed=2)
+    load_split("cifar10", "test", data_dir=tmp_path, source_dir=tmp_path / "one")
+    with pytest.raises(ValueError, match=r"prepared from other files than those now in .*two"):
+        load_split("cifar10", "test", data_dir=tmp_path, source_dir=tmp_path / "two")
+
+
+def test_a_damaged_cifar_archive_prepares_nothing(tmp_path):
+    write_cifar(tmp_path, CIFAR10)
+    archive = tmp_path / CIFAR10.archive
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(CifarFormatError, match="not a whole gzip file"):
+        load_split("cifar10", "train", data_dir=tmp_path, source_dir=tmp_path)
+    assert not list(tmp_path.glob("cifar10_python/*"))

@@ -1,5 +1,6 @@
 """load_split: slices, where it looks, and errors that say what to do."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -10,10 +11,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from cifar_archives import write_cifar
 from PIL import Image
 
 import wsbcn_flax
 from wsbcn_flax.data import DatasetNotFoundError, default_data_dir, load_split
+from wsbcn_flax.data._cifar import CIFAR10
+from wsbcn_flax.data._source_files import SOURCE_FILES
 
 REPOSITORY = Path(wsbcn_flax.__file__).parents[1]
 
@@ -61,6 +65,8 @@ def test_unknown_name():
         load_split("cifar-100", "train")
     with pytest.raises(ValueError, match=r"got 'sonnets'$"):
         load_split("sonnets", "train")
+    with pytest.raises(ValueError, match=r"got 'imagenet'; load_encoded_split opens it$"):
+        load_split("imagenet", "train")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,8 @@ class TestFashionMnistFiles:
     def debian_folder(self, tmp_path, monkeypatch):
         """Stands in for the folder of Debian's package, whether that is installed or not."""
         folder = tmp_path / "debian"
-        monkeypatch.setattr("wsbcn_flax.data._prepare._DEBIAN_FASHION_MNIST", folder)
+        files = dataclasses.replace(SOURCE_FILES["fashion_mnist"], elsewhere=(folder,))
+        monkeypatch.setitem(SOURCE_FILES, "fashion_mnist", files)
         return folder
 
     def test_nowhere(self, tmp_path, debian_folder):
@@ -141,8 +148,8 @@ class TestFashionMnistFiles:
         with pytest.raises(DatasetNotFoundError, match=r"mine lacks t10k-labels-idx1-ubyte\.gz$"):
             load_split("fashion_mnist", "train", data_dir=tmp_path, source_dir=tmp_path / "mine")
 
-    def test_source_dir_is_for_idx_files_only(self, tmp_path):
-        with pytest.raises(ValueError, match="for 'fashion_mnist' only, got it for 'digits'"):
+    def test_source_dir_is_for_data_sets_from_files_only(self, tmp_path):
+        with pytest.raises(ValueError, match="'cifar10', 'cifar100' only, got it for 'digits'"):
             load_split("digits", "train", data_dir=tmp_path, source_dir=tmp_path)
 
 
@@ -206,6 +213,7 @@ class TestPublic:
         np.testing.assert_array_equal(split.images, expected[split.labels])
         assert (split.labels.dtype, sorted(split.labels)) == (np.int32, [0, 1, 2])
         assert (split.num_classes, split.name) == (10, "cifar10")
+        assert split.class_names == tuple("0123456789")
 
     @pytest.mark.parametrize("folder", [".cache/wsbcn_flax/data", "tensorflow_datasets"])
     def test_looks_in_both_default_folders(self, home, folder):
@@ -219,6 +227,38 @@ class TestPublic:
         assert "tfds build cifar100 --file_format=array_record" in message
         assert str(home / ".cache/wsbcn_flax/data") in message
         assert str(home / "tensorflow_datasets") in message
+
+    def test_missing_cifar_says_both_ways(self, tmp_path):
+        with pytest.raises(DatasetNotFoundError) as caught:
+            load_split("cifar10", "train", data_dir=tmp_path)
+        message = str(caught.value)
+        assert "tfds build cifar10 --file_format=array_record" in message
+        assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
+        assert str(tmp_path / "downloads" / "manual") in message
+
+    def test_missing_mnist_has_no_archive(self, tmp_path):
+        with pytest.raises(DatasetNotFoundError, match=r"tfds build mnist .*data_dir=DIR\.$"):
+            load_split("mnist", "train", data_dir=tmp_path)
+
+    def test_an_archive_in_the_manual_folder_is_prepared_once(self, tmp_path):
+        manual = tmp_path / "downloads" / "manual"
+        written = write_cifar(manual, CIFAR10)
+        with pytest.raises(DatasetNotFoundError, match=r"pass prepare=True"):
+            load_split("cifar10", "test", data_dir=tmp_path, prepare=False)
+        first = load_split("cifar10", "test", data_dir=tmp_path)
+        assert len(first) == len(written["test"][1])
+        (manual / CIFAR10.archive).unlink()
+        again = load_split("cifar10", "test", data_dir=tmp_path, prepare=False)
+        np.testing.assert_array_equal(again.images, first.images)
+
+    def test_tfds_comes_before_the_archive_unless_that_is_asked_for(self, tmp_path):
+        manual = tmp_path / "downloads" / "manual"
+        written = write_cifar(manual, CIFAR10)
+        prepared = PublicLike.prepare(tmp_path).pixels()
+        split = load_split("cifar10", "train", data_dir=tmp_path)
+        np.testing.assert_array_equal(split.images, prepared[split.labels])
+        split = load_split("cifar10", "train", data_dir=tmp_path, source_dir=manual)
+        assert len(split) == len(written["train"][1])
 
     def test_another_format(self, tmp_path):
         builder = PublicLike.prepare(tmp_path)
@@ -255,7 +295,7 @@ OFFLINE_WITHOUT_TENSORFLOW = """
 import contextlib, socket, sys
 import wsbcn_flax.data as data
 
-heavy = {"PIL", "grain", "mlxtend", "sklearn", "tensorflow_datasets"} & set(sys.modules)
+heavy = {"PIL", "cv2", "grain", "mlxtend", "sklearn", "tensorflow_datasets"} & set(sys.modules)
 assert not heavy, f"importing wsbcn_flax.data imports {heavy}"
 
 def refuse(*_):

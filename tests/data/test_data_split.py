@@ -12,12 +12,18 @@ GOOD = ImageSplit(
     labels=np.array([0, 1, 2], np.int32),
     num_classes=3,
     name="good",
+    class_names=("cat", "dog", "emu"),
 )
 
 
 def test_length_and_shape():
     assert len(GOOD) == 3
     assert GOOD.image_shape == (4, 5, 1)
+
+
+def test_classes_are_named_by_their_numbers_unless_named():
+    assert GOOD.class_names == ("cat", "dog", "emu")
+    assert dataclasses.replace(GOOD, class_names=()).class_names == ("0", "1", "2")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,7 @@ def test_length_and_shape():
         ({"labels": np.zeros(4, np.int32)}, r"labels must be int32 \[3\].* \[4\]"),
         ({"labels": np.array([0, 1, 3], np.int32)}, r"in \[0, num_classes=3\), got 0 to 3"),
         ({"labels": np.array([-1, 1, 2], np.int32)}, "got -1 to 2"),
+        ({"class_names": ("cat", "dog")}, r"good: class_names .* 3 classes, received 2"),
     ],
 )
 def test_rejects(change, message):

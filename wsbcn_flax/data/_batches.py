@@ -1,6 +1,5 @@
 """Batches for training, endless and shuffled, and for evaluation, once through and in order."""
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import ArrayLike
 from wsbcn_flax.data._augment import Augment
 from wsbcn_flax.data._normalize import Normalizer
 from wsbcn_flax.data._split import ImageSplit
+from wsbcn_flax.data._streams import Batch, evaluation_stream, host_rows, training_stream
 
 if TYPE_CHECKING:
     import grain
@@ -26,7 +26,7 @@ def train_batches(
     host_index: int = 0,
     host_count: int = 1,
     num_threads: int = 1,
-) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+) -> "grain.DatasetIterator[Batch]":
     """Endless shuffled batches that depend on the seed and the step alone.
 
     Batch k is the same for any number of threads, whether the iterator started at step 0 or at k,
@@ -73,35 +73,23 @@ def train_batches(
         >>> sorted(np.concatenate(epoch).tolist())
         [0, 1, 2, 3]
     """
-    import grain
-
-    rows = _host_rows(batch_size, host_index, host_count)
-    if batch_size > len(split):
-        raise ValueError(
-            f"batch_size must be at most the {len(split)} images of {split.name}, or a batch would "
-            f"hold an image twice; got {batch_size}"
-        )
-    if seed < 0 or start_step < 0:
-        raise ValueError(f"seed and start_step must be >= 0, got {seed} and {start_step}")
+    rows = host_rows(batch_size, host_index, host_count)
     normalize = Normalizer(mean, std, image_shape=split.image_shape)
 
-    def make_batch(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def make_batch(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         images = split.images[indices[rows]]
         if augment is not None:
             images = augment.apply(images, augment.draw(rng, batch_size)[rows])
         return {"image": normalize(images), "label": split.labels[indices[rows]]}
 
-    batches = (
-        grain.MapDataset.range(len(split))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size, batch_fn=np.asarray)
-        .random_map(make_batch)
+    return training_stream(
+        split,
+        make_batch,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        num_threads=num_threads,
     )
-    iterator = iter(batches.to_iter_dataset(_read_options(num_threads)))
-    grain.experimental.set_next_index(iterator, start_step)
-    return iterator
 
 
 def eval_batches(
@@ -113,7 +101,7 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
     num_threads: int = 1,
-) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+) -> "grain.DatasetIterator[Batch]":
     """The whole split once, in order, in batches of one shape.
 
     The last batch is filled up with images of zeros, label 0 and mask 0, so that a jitted step
@@ -150,49 +138,15 @@ def eval_batches(
         [0 1] [1. 1.]
         [2 0] [1. 0.]
     """
-    import grain
-
-    rows = _host_rows(batch_size, host_index, host_count)
     normalize = Normalizer(mean, std, image_shape=split.image_shape)
 
-    def make_batch(step: int) -> dict[str, np.ndarray]:
-        start = step * batch_size
-        here = slice(start + rows.start, start + rows.stop)
-        batch = {
-            "image": normalize(split.images[here]),
-            "label": split.labels[here],
-            "mask": np.ones_like(split.labels[here], np.float32),
-        }
-        return {key: _pad(value, rows.stop - rows.start) for key, value in batch.items()}
+    def make_batch(here: slice) -> Batch:
+        return {"image": normalize(split.images[here]), "label": split.labels[here]}
 
-    steps = grain.MapDataset.range(math.ceil(len(split) / batch_size))
-    return iter(steps.map(make_batch).to_iter_dataset(_read_options(num_threads)))
-
-
-def _host_rows(batch_size: int, host_index: int, host_count: int) -> slice:
-    """The rows of a global batch that one host gets."""
-    if not 0 <= host_index < host_count:
-        raise ValueError(
-            f"host_index must be in [0, host_count), got {host_index} of {host_count} hosts"
-        )
-    if batch_size < 1 or batch_size % host_count:
-        raise ValueError(
-            "batch_size must be a positive multiple of the number of hosts, got "
-            f"{batch_size} for {host_count}"
-        )
-    size = batch_size // host_count
-    return slice(host_index * size, (host_index + 1) * size)
-
-
-def _pad(values: np.ndarray, size: int) -> np.ndarray:
-    """Adds zeros at the end of the first axis up to ``size``."""
-    return np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1))
-
-
-def _read_options(num_threads: int) -> "grain.ReadOptions":
-    import grain
-
-    if num_threads < 0:
-        raise ValueError(f"num_threads must be >= 0, got {num_threads}")
-    # Two batches ahead for each thread: one in the making, one ready.
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return evaluation_stream(
+        split,
+        make_batch,
+        batch_size=batch_size,
+        rows=host_rows(batch_size, host_index, host_count),
+        num_threads=num_threads,
+    )

@@ -1,12 +1,12 @@
 """Reader of gzipped idx files, the format of MNIST and of the data sets that imitate it."""
 
-import gzip
 import math
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
+
+from wsbcn_flax.data._gzip import read_gzip
 
 _UINT8 = 0x08
 
@@ -33,7 +33,7 @@ def read_idx(path: str | os.PathLike[str], *, ndim: int) -> np.ndarray:
         IdxFormatError: if it is not gzip, is cut short, has another magic number, or holds more or
             fewer elements than its header says.
     """
-    content = _decompress(Path(path))
+    content = read_gzip(Path(path), error=IdxFormatError)
     header_size = 4 + 4 * ndim
     expected_magic = bytes([0, 0, _UINT8, ndim])
     if content[:4] != expected_magic:
@@ -78,10 +78,3 @@ def read_idx_pair(
             f"images in {images_path} and {len(labels)} labels in {labels_path}"
         )
     return images[..., np.newaxis], labels
-
-
-def _decompress(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise IdxFormatError(f"{path}: not a whole gzip file ({error}); fetch it again") from error

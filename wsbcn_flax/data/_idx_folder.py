@@ -1,6 +1,5 @@
 """The folder of four gzipped idx files in which MNIST and its imitations are handed around."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +13,6 @@ _FILES = {
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
 IDX_FILES: tuple[str, ...] = tuple(name for pair in _FILES.values() for name in pair)
-
-
-def missing_idx_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the four files that ``folder`` lacks."""
-    return [name for name in IDX_FILES if not Path(folder, name).is_file()]
-
-
-def idx_fingerprint(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over the contents of the four files, to tell one source from another."""
-    digest = hashlib.sha256()
-    for name in IDX_FILES:
-        digest.update(hashlib.sha256(Path(folder, name).read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def read_idx_folder(

@@ -4,16 +4,21 @@ import difflib
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from wsbcn_flax.data._locate import PUBLIC_NAMES, default_data_dir, find_public
+from wsbcn_flax.data._locate import (
+    PUBLIC_NAMES,
+    DatasetNotFoundError,
+    explain_public,
+    find_public,
+    search_roots,
+)
 from wsbcn_flax.data._prepare import OWN_NAMES, ensure_prepared
+from wsbcn_flax.data._prepared import PreparedRecords, image_shape_and_class_names, open_prepared
+from wsbcn_flax.data._source_files import SOURCE_FILES
 from wsbcn_flax.data._split import ImageSplit
-
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -23,7 +28,7 @@ def dataset_names() -> tuple[str, ...]:
         >>> dataset_names()
         ('cifar10', 'cifar100', 'digits', 'fashion_mnist', 'mnist', 'mnist5k')
     """
-    return tuple(sorted((*OWN_NAMES, *PUBLIC_NAMES)))
+    return tuple(sorted({*OWN_NAMES, *PUBLIC_NAMES}))
 
 
 def load_split(
@@ -38,8 +43,9 @@ def load_split(
 
     "mnist5k" (5,000 images of MNIST) and "digits" (1,797 of 8x8 pixels) come with Python packages
     and are prepared on first use, in a second or two; "fashion_mnist" likewise from idx files, in
-    some ten seconds. "cifar10", "cifar100" and "mnist" are read if tensorflow-datasets prepared
-    them earlier, in the array_record format.
+    ten or twenty seconds. "cifar10", "cifar100" and "mnist" are read if tensorflow-datasets
+    prepared them earlier, in the array_record format; otherwise "cifar10" and "cifar100" are
+    prepared on first use from the python archives that their authors publish.
 
     Args:
         name: one of `dataset_names`.
@@ -47,9 +53,11 @@ def load_split(
             ``"train[4000:]"`` or ``"train+test"``.
         data_dir: folder of prepared data sets, by default `default_data_dir`; public sets are also
             looked for in tfds's own default folder.
-        source_dir: for "fashion_mnist", the folder of its four gzipped idx files (any files in
-            MNIST's format serve); by default ``downloads/manual`` in ``data_dir``, then where
-            Debian's package dataset-fashion-mnist puts them.
+        source_dir: folder of the files that a data set is prepared from: for "fashion_mnist" its
+            four gzipped idx files (any files in MNIST's format serve), for "cifar10" and "cifar100"
+            ``cifar-10-python.tar.gz`` and ``cifar-100-python.tar.gz``, which then come before what
+            tensorflow-datasets prepared. By default ``downloads/manual`` in ``data_dir``, then for
+            "fashion_mnist" where Debian's package dataset-fashion-mnist puts them.
         prepare: False to fail rather than prepare a data set on first use.
 
     Returns:
@@ -58,6 +66,8 @@ def load_split(
     Raises:
         ValueError: if the name or the split is unknown, the split is empty, ``source_dir`` is not
             what the data set was prepared from, or the prepared data are not what they should be.
+        IdxFormatError: if an idx file is not what it should be.
+        CifarFormatError: if an archive of CIFAR is not what it should be.
         DatasetNotFoundError: if the data are not on this machine; says how to get them.
         ImportError: if the package that carries the data is not installed; names the extra.
         RuntimeError: if the prepared files are damaged.
@@ -65,98 +75,54 @@ def load_split(
     if name not in dataset_names():
         close = difflib.get_close_matches(name, dataset_names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = "; load_encoded_split opens it" if name == "imagenet" else hint
         raise ValueError(f"name must be one of {', '.join(dataset_names())}; got {name!r}{hint}")
-    if source_dir is not None and name != "fashion_mnist":
-        raise ValueError(f"source_dir is for 'fashion_mnist' only, got it for {name!r}")
-    root = None if data_dir is None else Path(data_dir).expanduser()
-    if name in PUBLIC_NAMES:
-        folder = find_public(name, root)
-    else:
-        folder = ensure_prepared(
-            name,
-            root or default_data_dir(),
-            source_dir=None if source_dir is None else Path(source_dir).expanduser(),
-            prepare=prepare,
+    if source_dir is not None and name not in SOURCE_FILES:
+        raise ValueError(
+            f"source_dir is for {', '.join(map(repr, SOURCE_FILES))} only, got it for {name!r}"
         )
+    folder = _locate(
+        name,
+        None if data_dir is None else Path(data_dir).expanduser(),
+        source_dir=None if source_dir is None else Path(source_dir).expanduser(),
+        prepare=prepare,
+    )
     return _read(folder, name, split)
 
 
-def _read(folder: Path, name: str, split: str) -> ImageSplit:
-    import tensorflow_datasets as tfds
+def _locate(name: str, data_dir: Path | None, *, source_dir: Path | None, prepare: bool) -> Path:
+    """The folder of a data set as tfds prepared it or, failing that, as we do."""
+    roots = search_roots(data_dir)
+    if name not in PUBLIC_NAMES or source_dir is not None:
+        return ensure_prepared(name, roots[0], source_dir=source_dir, prepare=prepare)
+    if folder := find_public(name, roots):
+        return folder
+    if name not in OWN_NAMES:
+        raise DatasetNotFoundError(explain_public(name, roots))
+    try:
+        return ensure_prepared(name, roots[0], source_dir=None, prepare=prepare)
+    except DatasetNotFoundError as error:
+        raise DatasetNotFoundError(
+            f"{explain_public(name, roots)} Without TensorFlow: {error}"
+        ) from error
 
-    builder: Any = tfds.builder_from_directory(folder)
-    _check_format(builder.info, folder)
-    image_shape, num_classes = _shape_and_classes(builder.info, folder)
-    _check_split(builder.info, name, split)
-    records = _read_records(builder, split)
+
+def _read(folder: Path, name: str, split: str) -> ImageSplit:
+    builder = open_prepared(folder)
+    image_shape, class_names = image_shape_and_class_names(builder)
+    if None in image_shape:
+        raise ValueError(f"{folder} must hold images of one size, got {image_shape}")
+    records = PreparedRecords(builder, split, name=name).read_all()
     return ImageSplit(
         images=np.stack([_decode(record["image"], image_shape) for record in records]),
         labels=np.array([record["label"] for record in records], np.int32),
-        num_classes=num_classes,
+        num_classes=len(class_names),
         name=name,
+        class_names=class_names,
     )
 
 
-def _read_records(builder: Any, split: str) -> list[dict[str, Any]]:
-    import tensorflow_datasets as tfds
-
-    try:
-        source = builder.as_data_source(
-            split=split,
-            decoders={"image": tfds.decode.SkipDecoding()},
-            file_format=tfds.core.FileFormat.ARRAY_RECORD,
-        )
-        return source.__getitems__(range(len(source)))
-    except RuntimeError as error:  # array_record keeps checksums
-        raise RuntimeError(
-            f"{builder.data_dir} is damaged, delete it and prepare it again ({error})"
-        ) from error
-
-
-def _check_format(info: "tfds.core.DatasetInfo", folder: Path) -> None:
-    import tensorflow_datasets as tfds
-
-    formats = info.available_file_formats()
-    if tfds.core.FileFormat.ARRAY_RECORD not in formats:
-        raise ValueError(
-            f"{folder} must be in the array_record format, which alone reads without TensorFlow; "
-            f"it is in {', '.join(sorted(each.value for each in formats))}. Prepare it again in "
-            f"another data_dir: tfds build {info.name} --file_format=array_record --data_dir=DIR"
-        )
-
-
-def _shape_and_classes(
-    info: "tfds.core.DatasetInfo", folder: Path
-) -> tuple[tuple[int, int, int], int]:
-    import tensorflow_datasets as tfds
-
-    features: Any = info.features
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    well_typed = all(
-        key in features and isinstance(features[key], kind) for key, kind in kinds.items()
-    )
-    if not well_typed or features["image"].np_dtype != np.uint8 or None in features["image"].shape:
-        raise ValueError(
-            f"{folder} must hold uint8 images of one size under 'image' and classes under 'label', "
-            f"got {features}"
-        )
-    return features["image"].shape, features["label"].num_classes
-
-
-def _check_split(info: "tfds.core.DatasetInfo", name: str, split: str) -> None:
-    splits = info.splits
-    try:
-        count = splits[split].num_examples
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"split of {name!r} must be in tfds's syntax over {', '.join(splits)}, "
-            f"such as 'train' or 'train[:90%]'; got {split!r} ({error})"
-        ) from error
-    if count <= 0:
-        raise ValueError(f"split {split!r} of {name!r} holds no image; widen the slice")
-
-
-def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+def _decode(png: bytes, shape: tuple[Any, ...]) -> np.ndarray:
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:

@@ -1,6 +1,7 @@
 """Where prepared data sets live, and how to say that one is not there."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 PUBLIC_NAMES = ("cifar10", "cifar100", "mnist")
@@ -26,26 +27,36 @@ def default_data_dir() -> Path:
     return Path(cache).expanduser() / "wsbcn_flax" / "data"
 
 
-def find_public(name: str, data_dir: Path | None) -> Path:
+def search_roots(data_dir: Path | None) -> tuple[Path, ...]:
+    """Folders of data sets that tensorflow-datasets prepared, the first to look in first.
+
+    Args:
+        data_dir: the only one if given; by default `default_data_dir` and then tfds's own folder,
+            ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
+    """
+    return (data_dir,) if data_dir is not None else (default_data_dir(), _tfds_data_dir())
+
+
+def find_public(name: str, roots: Sequence[Path]) -> Path | None:
     """Finds a public data set that tensorflow-datasets prepared earlier.
 
     Args:
-        name: one of `PUBLIC_NAMES`.
-        data_dir: folder to look in; by default `default_data_dir` and then tfds's own folder,
-            ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
+        name: tfds's name of the data set.
+        roots: folders of prepared data sets.
 
     Returns:
-        The folder of the newest prepared version.
-
-    Raises:
-        DatasetNotFoundError: if no version is prepared there.
+        The folder of the newest version in the first root that has any, or None.
     """
-    roots = [data_dir] if data_dir is not None else [default_data_dir(), _tfds_data_dir()]
     for root in roots:
         versions = sorted(root.glob(f"{name}/*.*.*/{INFO_FILE}"), key=_version)
         if versions:
             return versions[-1].parent
-    raise DatasetNotFoundError(
+    return None
+
+
+def explain_public(name: str, roots: Sequence[Path]) -> str:
+    """Says that `find_public` found nothing, and how to prepare the data set."""
+    return (
         f"the public data set {name!r} is not prepared in {' or '.join(map(str, roots))}. "
         "Preparing it needs TensorFlow and the network. On a machine that has both, run: "
         f"pip install tensorflow tensorflow-datasets && "

@@ -19,6 +19,13 @@ class ChannelStatistics(NamedTuple):
     std: np.ndarray
 
 
+IMAGENET_STATISTICS = ChannelStatistics(
+    mean=np.array([0.485, 0.456, 0.406], np.float32),
+    std=np.array([0.229, 0.224, 0.225], np.float32),
+)
+"""Of red, green and blue over ImageNet's training images, as the published networks take them."""
+
+
 def channel_statistics(images: np.ndarray) -> ChannelStatistics:
     """Measures the mean and standard deviation of each channel over all pixels.
 

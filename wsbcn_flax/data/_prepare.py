@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsbcn_flax.data._idx_folder import IDX_FILES, idx_fingerprint, missing_idx_files
 from wsbcn_flax.data._locate import INFO_FILE, DatasetNotFoundError
+from wsbcn_flax.data._source_files import SOURCE_FILES, SourceFiles
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-OWN_NAMES = ("digits", "fashion_mnist", "mnist5k")
+OWN_NAMES = ("cifar10", "cifar100", "digits", "fashion_mnist", "mnist5k")
 
-_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _logger = logging.getLogger(__name__)
 
 
@@ -29,7 +28,7 @@ def ensure_prepared(name: str, data_dir: Path, *, source_dir: Path | None, prepa
     Args:
         name: one of `OWN_NAMES`.
         data_dir: folder of prepared data sets.
-        source_dir: folder of the idx files, for "fashion_mnist".
+        source_dir: folder of the source files, for the data sets of `SOURCE_FILES`.
         prepare: False to fail if it is not prepared yet.
 
     Returns:
@@ -40,19 +39,20 @@ def ensure_prepared(name: str, data_dir: Path, *, source_dir: Path | None, prepa
         ImportError: if it is not prepared and the package that carries it is not installed.
         ValueError: if it was prepared from other files than those in ``source_dir``.
     """
-    if source_dir is not None:
-        _check_idx_files(source_dir)
+    files = SOURCE_FILES.get(name)
+    if files is not None and source_dir is not None:
+        _check_complete(files, source_dir)
     builder = _make_builder(name, data_dir)
     if not _is_prepared(builder):
         if not prepare:
             raise DatasetNotFoundError(
                 f"{name!r} is not prepared in {data_dir}; pass prepare=True, or another data_dir"
             )
-        manual_dir = _find_idx_files(source_dir, data_dir) if name == "fashion_mnist" else None
+        manual_dir = None if files is None else source_dir or _find(files, name, data_dir)
         _prepare(builder, manual_dir)
         builder = _make_builder(name, data_dir)
-    if source_dir is not None:
-        _check_source(builder, source_dir)
+    if files is not None and source_dir is not None:
+        _check_source(builder, files, source_dir)
     return Path(builder.data_dir)
 
 
@@ -60,6 +60,8 @@ def _make_builder(name: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
     from wsbcn_flax.data import builders
 
     classes = {
+        "cifar10": builders.Cifar10Python,
+        "cifar100": builders.Cifar100Python,
         "digits": builders.Digits,
         "fashion_mnist": builders.FashionMnistIdx,
         "mnist5k": builders.Mnist5k,
@@ -98,30 +100,31 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _find_idx_files(source_dir: Path | None, data_dir: Path) -> Path:
-    if source_dir is not None:
-        return source_dir
-    candidates = (data_dir / "downloads" / "manual", _DEBIAN_FASHION_MNIST)
-    for folder in candidates:
-        if not missing_idx_files(folder):
+def _find(files: SourceFiles, name: str, data_dir: Path) -> Path:
+    folders = files.folders(data_dir)
+    for folder in folders:
+        if not files.missing(folder):
             return folder
     raise DatasetNotFoundError(
-        f"the files of 'fashion_mnist' are neither in {candidates[0]} nor in {candidates[1]}. "
-        "On Debian or Ubuntu run: apt-get install dataset-fashion-mnist. Elsewhere put "
-        f"{', '.join(IDX_FILES)} into the first folder, or pass source_dir=FOLDER."
+        f"{name!r} is prepared from {', '.join(files.names)}, not found in "
+        f"{' or '.join(map(str, folders))}. {files.advice} Put what you get into "
+        f"{folders[0]}, or pass source_dir=FOLDER."
     )
 
 
-def _check_idx_files(source_dir: Path) -> None:
-    if missing := missing_idx_files(source_dir):
+def _check_complete(files: SourceFiles, source_dir: Path) -> None:
+    if missing := files.missing(source_dir):
         raise DatasetNotFoundError(
-            f"source_dir must hold {', '.join(IDX_FILES)}; {source_dir} lacks {', '.join(missing)}"
+            f"source_dir must hold {', '.join(files.names)}; {source_dir} lacks "
+            f"{', '.join(missing)}"
         )
 
 
-def _check_source(builder: "tfds.core.DatasetBuilder", source_dir: Path) -> None:
+def _check_source(
+    builder: "tfds.core.DatasetBuilder", files: SourceFiles, source_dir: Path
+) -> None:
     metadata: Any = builder.info.metadata
-    if metadata["source"] != idx_fingerprint(source_dir):
+    if metadata["source"] != files.fingerprint(source_dir):
         raise ValueError(
             f"{builder.data_dir} was prepared from other files than those now in {source_dir}; "
             "pass another data_dir for these, or delete it"

@@ -1,8 +1,24 @@
-"""The one thing this package hands around: a split of an image data set, in memory."""
+"""A split of an image data set, in memory."""
 
 import dataclasses
 
 import numpy as np
+
+
+def complete_class_names(
+    names: tuple[str, ...], num_classes: int, *, dataset: str
+) -> tuple[str, ...]:
+    """One name for each class: those given, or the numbers of the classes if none are.
+
+    Raises:
+        ValueError: if there are names for another number of classes.
+    """
+    if names and len(names) != num_classes:
+        raise ValueError(
+            f"{dataset}: class_names must be one for each of {num_classes} classes, received "
+            f"{len(names)}"
+        )
+    return tuple(names) or tuple(map(str, range(num_classes)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -14,9 +30,11 @@ class ImageSplit:
         labels: int32 ``[N]``, each in ``[0, num_classes)``.
         num_classes: number of classes of the data set (not of this split).
         name: name of the data set, for messages and logs.
+        class_names: by label; the labels themselves, as text, if not given.
 
     Raises:
-        ValueError: if a dtype, a shape or a label breaks the rules above, or the split is empty.
+        ValueError: if a dtype, a shape, a label or the number of names breaks the rules above, or
+            the split is empty.
 
     Example:
         >>> import numpy as np
@@ -25,15 +43,19 @@ class ImageSplit:
         ...     labels=np.array([0, 1, 1], np.int32),
         ...     num_classes=2,
         ...     name="blank",
+        ...     class_names=("cat", "dog"),
         ... )
         >>> len(split), split.image_shape
         (3, (8, 8, 1))
+        >>> [split.class_names[label] for label in split.labels]
+        ['cat', 'dog', 'dog']
     """
 
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
     name: str
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -52,6 +74,8 @@ class ImageSplit:
                 f"{self.name}: labels must be in [0, num_classes={self.num_classes}), "
                 f"got {labels.min()} to {labels.max()}"
             )
+        names = complete_class_names(self.class_names, self.num_classes, dataset=self.name)
+        object.__setattr__(self, "class_names", names)
 
     def __len__(self) -> int:
         return len(self.images)
