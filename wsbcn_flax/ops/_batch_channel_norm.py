@@ -16,6 +16,10 @@ Statistics = Literal["batch", "estimate"]
 Order = Literal["update_first", "normalize_first"]
 Rate = float | Callable[[jax.Array], jax.Array | float]
 
+# Up to this many samples on a chip, XLA for TPU tiles the activation with the batch innermost and
+# writes each broadcast [B, C] array out at the activation's size, unless a barrier stands before.
+_FEW = 4
+
 
 class RunningStats(NamedTuple):
     """What training estimates of each channel.
@@ -112,6 +116,9 @@ def batch_channel_norm(
         ((1, 8, 8, 64), 0.3)
     """
     check_options(statistics=statistics, order=order, rate=rate, epsilon=epsilon)
+    # Not for the symbolic batch of an exported program.
+    if x.ndim and isinstance(x.shape[0], int) and x.shape[0] <= _FEW:
+        x = lax.optimization_barrier(x)
     moments = channel_moments(x, mask=mask)
     check_groups(x.shape[-1], num_groups, caller="batch_channel_norm")
     check_channels(x.shape[-1], caller="batch_channel_norm", mean=running.mean, var=running.var)

@@ -1,0 +1,241 @@
+"""PyTorch checkpoints of residual networks, to variables of this package's models and back."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from wsbcn_flax.transforms._checkpoint_specs import checkpoint_names, checkpoint_spec
+
+Convert = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How one kind of array lies there and here; the two functions undo each other."""
+
+    to_torch: Convert
+    to_flax: Convert
+
+
+_SAME = _Layout(lambda a: a, lambda a: a)
+_CONV = _Layout(lambda a: a.transpose(3, 2, 0, 1), lambda a: a.transpose(2, 3, 1, 0))  # HWIO, OIHW
+_DENSE = _Layout(np.transpose, np.transpose)
+_GROUP = _Layout(lambda a: a.reshape(1, -1, 1), lambda a: a.reshape(-1))
+_COUNT = _Layout(lambda a: a.astype(np.int64), lambda a: a.astype(np.float32))
+
+# Of a module here, its name there.
+_MODULES = (
+    (r"stem_conv", "conv1"),
+    (r"stem_norm", "bn1"),
+    (r"head", "fc"),
+    (r"conv(\d)", r"conv\1"),
+    (r"norm(\d)", r"bn\1"),
+    (r"shortcut_conv", "downsample.0"),
+    (r"shortcut_norm", "downsample.1"),
+)
+# Of a leaf here, its name there and its layout; kernels by their rank. The running variance is
+# PyTorch's unbiased one; evaluation uses it as it is, so the same number is the exact conversion.
+_LEAVES = {
+    ("kernel", 4): ("weight", _CONV),
+    ("kernel", 2): ("weight", _DENSE),
+    ("bias", 1): ("bias", _SAME),
+    ("scale", 1): ("weight", _SAME),
+    ("mean", 1): ("running_mean", _SAME),
+    ("var", 1): ("running_var", _SAME),
+    ("batch_scale", 1): ("pbn.weight", _SAME),
+    ("batch_bias", 1): ("pbn.bias", _SAME),
+    ("channel_scale", 1): ("weight", _GROUP),
+    ("channel_bias", 1): ("bias", _GROUP),
+    ("count", 0): ("num_batches_tracked", _COUNT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One array: where it is here, what it is called there, and how it lies."""
+
+    path: tuple[str, ...]
+    array: jax.ShapeDtypeStruct
+    key: str
+    layout: _Layout
+
+    @property
+    def expected(self) -> np.ndarray:
+        """An array of the shape and dtype it has there."""
+        zero = np.zeros((), self.array.dtype)
+        return self.layout.to_torch(np.broadcast_to(zero, self.array.shape))
+
+
+def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Converts a PyTorch state dict to the variables of the model of that architecture.
+
+    Kernels go from OIHW to HWIO, the head is transposed, batch-channel normalization's affine map
+    stays one number per group; every number comes back as it was. Kernels stay raw: apply
+    ``WeightStandardization(preset=checkpoint_spec(name).preset)``, or fold them once and for all
+    with ``fold_weight_standardization``. Running variances are PyTorch's, which are unbiased;
+    evaluation uses them as they are, there as here. The count of batches becomes float32, exact up
+    to 2^24; plain batch normalization, which in Flax counts nothing, drops it.
+
+    Args:
+        state_dict: NumPy arrays by key; a prefix ``module.`` is dropped. Or what a file of the
+            authors' holds: a dict with the arrays under ``state_dict``, and other things.
+        name: one of ``checkpoint_names()``.
+
+    Returns:
+        ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, batch_stats empty for GN.
+
+    Raises:
+        ValueError: for an unknown name, or keys that are missing, too many, of another shape or of
+            a dtype that float32 cannot hold: it lists all four.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from wsbcn_flax.transforms import checkpoint_spec, export_checkpoint, import_checkpoint
+        >>> model = checkpoint_spec("resnet18").make_model()
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
+        >>> state_dict = export_checkpoint(variables, "resnet18")
+        >>> state_dict["conv1.weight"].shape
+        (64, 3, 7, 7)
+        >>> import_checkpoint(state_dict, "resnet18")["params"]["stem_conv"]["kernel"].shape
+        (7, 7, 3, 64)
+    """
+    arrays, entries = _strip_prefix(state_dict), _entries(name)
+    if problems := _problems(arrays, entries):
+        first = f"The keys must be those of {name}, and are not:"
+        raise ValueError("\n".join([first, *problems, _hint(arrays)]))
+    leaves = {
+        entry.path: entry.layout.to_flax(np.asarray(arrays[entry.key])).astype(entry.array.dtype)
+        for entry in entries
+    }
+    return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
+
+
+def export_checkpoint(variables: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
+    """Converts variables to the PyTorch state dict of that architecture, bit for bit.
+
+    The inverse of ``import_checkpoint``; ``num_batches_tracked`` of plain batch normalization,
+    which Flax does not count, is zero.
+
+    Args:
+        variables: ``{"params": ..., "batch_stats": ...}`` of the model.
+        name: one of ``checkpoint_names()``.
+
+    Raises:
+        ValueError: for an unknown name, or variables that are not that model's.
+    """
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
+    entries = _entries(name)
+    shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+    if shapes != {entry.path: entry.array.shape for entry in entries}:
+        wrong = {entry.path: entry.array.shape for entry in entries}.items() ^ shapes.items()
+        listed = ", ".join(sorted({"/".join(path) for path, _ in wrong})[:5])
+        raise ValueError(
+            f"variables must be those of {name}, received others at {listed}. "
+            f"checkpoint_spec({name!r}).make_model() makes the model."
+        )
+    arrays = {
+        entry.key: np.array(entry.layout.to_torch(np.asarray(leaves[entry.path])), order="C")
+        for entry in entries
+    }
+    return {**arrays, **{key: np.zeros((), np.int64) for key in _untracked(entries)}}
+
+
+def guess_checkpoint_name(state_dict: Mapping[str, Any]) -> str:
+    """The architecture whose keys and shapes are exactly those of a state dict.
+
+    Args:
+        state_dict: as ``import_checkpoint`` takes it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    arrays = _strip_prefix(state_dict)
+    for name in checkpoint_names():
+        if not _problems(arrays, _entries(name)):
+            return name
+    raise ValueError(
+        f"A checkpoint's keys and shapes must be those of one of {', '.join(checkpoint_names())}; "
+        f"these {len(arrays)} are not: {', '.join(list(arrays)[:5])}, ..."
+    )
+
+
+@functools.cache
+def _entries(name: str) -> tuple[_Entry, ...]:
+    """Every array of an architecture, from the model itself and the rules above."""
+    spec = checkpoint_spec(name)
+    model = spec.make_model()
+    init = functools.partial(model.init, train=False)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    leaves: Any = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), images))
+    # The batch part of batch-channel normalization is a module of its own there.
+    prefix = ["pbn"] if spec.norm == "bcn" else []
+    entries = []
+    for path, array in leaves.items():
+        leaf, layout = _LEAVES[path[-1], array.ndim]
+        modules = [_torch_module(module) for module in path[1:-1]]
+        modules += prefix if path[0] == "batch_stats" else []
+        entries.append(_Entry(path, array, ".".join([*modules, leaf]), layout))
+    return tuple(entries)
+
+
+def _torch_module(module: str) -> str:
+    if block := re.fullmatch(r"stage(\d+)_block(\d+)", module):
+        stage, index = map(int, block.groups())
+        return f"layer{stage}.{index - 1}"
+    pattern, name = next(rule for rule in _MODULES if re.fullmatch(rule[0], module))
+    return re.sub(pattern, name, module)
+
+
+def _strip_prefix(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays without the prefix that PyTorch's DataParallel adds to every key."""
+    arrays: Mapping[str, np.ndarray] = state_dict.get("state_dict", state_dict)
+    return {key.removeprefix("module."): array for key, array in arrays.items()}
+
+
+def _untracked(entries: tuple[_Entry, ...]) -> set[str]:
+    """Keys of PyTorch's batch normalization that have no counterpart in Flax's."""
+    means = [e.key for e in entries if e.path[-1] == "mean" and ".pbn." not in e.key]
+    return {key.replace("running_mean", "num_batches_tracked") for key in means}
+
+
+def _problems(arrays: Mapping[str, np.ndarray], entries: tuple[_Entry, ...]) -> list[str]:
+    """One line for each kind of difference between the keys and those expected."""
+    expected = {entry.key: entry.expected for entry in entries}
+    known = {*expected, *_untracked(entries)}
+    pairs = [(key, np.asarray(arrays[key]), e) for key, e in expected.items() if key in arrays]
+    differences = {
+        "missing": [key for key in expected if key not in arrays],
+        "extra": [key for key in arrays if key not in known],
+        "misshapen": [
+            f"{key} {array.shape}, not {e.shape}"
+            for key, array, e in pairs
+            if array.shape != e.shape
+        ],
+        "of another dtype": [
+            f"{key} {array.dtype}, not {e.dtype}"
+            for key, array, e in pairs
+            if not np.can_cast(array.dtype, e.dtype)
+        ],
+    }
+    return [
+        f"  {kind} ({len(keys)}): {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        for kind, keys in differences.items()
+        if keys
+    ]
+
+
+def _hint(arrays: Mapping[str, np.ndarray]) -> str:
+    try:
+        return f"They are those of {guess_checkpoint_name(arrays)}: pass that name."
+    except ValueError:
+        return (
+            "They are those of no architecture known here: a part of the file may be missing, the "
+            "head may be for other classes than ImageNet's 1000, or arrays need astype."
+        )
