@@ -173,7 +173,7 @@ def test_a_save_that_cannot_be_written_is_an_error(tmp_path):
 def test_what_orbax_refuses_is_an_error_at_once_and_blocks_nothing(tmp_path):
     before = threading.enumerate()
     with Checkpointer(tmp_path) as checkpointer:
-        for refused in (jnp.ones(3), {}, {"x": jnp.zeros((0, 3))}):
+        for refused in ({}, {"x": jnp.zeros((0, 3))}):
             with pytest.raises(CheckpointError, match=f"saving step 1 to {tmp_path} failed"):
                 checkpointer.save(1, refused)
         checkpointer.save(1, make_state(1))
@@ -181,3 +181,19 @@ def test_what_orbax_refuses_is_an_error_at_once_and_blocks_nothing(tmp_path):
     for thread in set(threading.enumerate()) - set(before):
         thread.join(timeout=10)
         assert not thread.is_alive(), "it would keep the interpreter from exiting"
+
+
+def test_a_field_of_none_is_no_part_of_a_checkpoint(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": jnp.ones(3)})
+        restored = checkpointer.restore_latest({"x": jnp.zeros(3), "later": None})
+    assert restored.state["later"] is None
+    np.testing.assert_array_equal(restored.state["x"], 1)
+
+
+def test_one_bare_array_is_a_state(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, jnp.arange(3))
+        np.testing.assert_array_equal(
+            checkpointer.restore_latest(jnp.zeros(3, int)).state, [0, 1, 2]
+        )

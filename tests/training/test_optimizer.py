@@ -8,9 +8,15 @@ from wsbcn_flax.models import CifarResNet
 from wsbcn_flax.training import OptimizerConfig, kernel_mask
 
 
-def test_follows_pytorchs_sgd():
+@pytest.mark.parametrize(("decays_everything", "scale_decay"), [(False, 0.0), (True, 0.01)])
+def test_follows_pytorchs_sgd(decays_everything, scale_decay):
     """The learning rate multiplies the momentum buffer, and decay joins the gradient."""
-    config = OptimizerConfig(schedule="step", milestones=(1.0,), weight_decay=0.01)
+    config = OptimizerConfig(
+        schedule="step",
+        milestones=(1.0,),
+        weight_decay=0.01,
+        decays_everything=decays_everything,
+    )
     optimizer = config.make(config.make_schedule(steps_per_epoch=2, epochs=3))
     params = {"kernel": jnp.array([[2.0]]), "scale": jnp.array([2.0])}
     state = optimizer.init(params)
@@ -21,7 +27,7 @@ def test_follows_pytorchs_sgd():
         updates, state = optimizer.update(gradients, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         rate = 0.1 if step < 2 else 0.01
-        for name, decay in (("kernel", 0.01), ("scale", 0.0)):
+        for name, decay in (("kernel", 0.01), ("scale", scale_decay)):
             buffers[name] = 0.9 * buffers[name] + 0.5 + step + decay * expected[name]
             expected[name] -= rate * buffers[name]
     for name, value in expected.items():

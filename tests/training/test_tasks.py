@@ -100,3 +100,29 @@ def test_loss_is_smoothed_cross_entropy():
 def test_refuses_label_smoothing_of_one():
     with pytest.raises(ValueError, match="label_smoothing"):
         Classification(model=FixedLogits(), label_smoothing=1.0)
+
+
+class GivenLogits(nn.Module):
+    """Answers with the image itself."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return images.reshape(len(images), -1)
+
+
+def test_counts_the_labels_that_are_not_among_the_five_largest_logits():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(64, 9)).astype(np.float32), rng.integers(0, 9, 64)
+    batch = {"image": logits[:, None, None], "label": labels, "mask": np.arange(64) % 3 > 0}
+    sums = Classification(model=GivenLogits()).eval_fn({}, {}, batch)
+    ranks = (np.argsort(-logits, axis=-1) == labels[:, None]).argmax(-1)[batch["mask"]]
+    assert float(sums["error"]) == (ranks > 0).sum()
+    assert float(sums["top5_error"]) == (ranks > 4).sum() > 0
+
+
+def test_five_classes_have_no_top5_error():
+    batch = {"image": np.zeros((2, 1, 1, 5)), "label": np.array([0, 4]), "mask": np.ones(2)}
+    sums = Classification(model=GivenLogits()).eval_fn({}, {}, batch)
+    assert set(sums) == {"loss", "error", "count"}
+    # Of equal logits the first is the guess: a network that says nothing is not right.
+    assert float(sums["error"]) == 1

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from wsbcn_flax.training._processes import fetch, is_first_process, on_first_process
+from wsbcn_flax.training._state_leaves import fingerprint, named_leaves, place_like
 
 StateT = TypeVar("StateT")
 
@@ -57,7 +59,10 @@ class Checkpointer:
     A kill at any moment leaves the checkpoints committed so far intact. Restoring never changes the
     directory, so an evaluation may read what a training run, the only writer, saves there.
 
-    A state is a container of JAX arrays, typed PRNG keys excluded. A template is a state, or one of
+    In a run of several processes all call the same methods. Process 0 alone reads and writes, and
+    what it restores is everybody's, so that all agree and only it needs to see the directory.
+
+    A state is a pytree of JAX arrays, typed PRNG keys excluded. A template is a state, or one of
     `jax.ShapeDtypeStruct`s; the restored state takes its shardings, wherever the saved one lay.
 
     Args:
@@ -65,7 +70,7 @@ class Checkpointer:
         max_to_keep: How many of the newest steps to keep, at least one; None keeps all.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, jax.numpy as jnp
         >>> state = {"step": jnp.int32(7), "params": {"kernel": jnp.ones((2, 3))}}
         >>> with tempfile.TemporaryDirectory() as path, Checkpointer(path) as checkpointer:
         ...     checkpointer.save(7, state, extra={"best_error": 0.25})
@@ -86,8 +91,13 @@ class Checkpointer:
             preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
             # Otherwise a failed save leaves threads that hold up the exit for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix="checkpointer"
+            ),
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager: Any = None
+        if is_first_process():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._skipped: dict[int, str] = {}
         self._entered = False
 
@@ -101,9 +111,7 @@ class Checkpointer:
     @property
     def steps(self) -> tuple[int, ...]:
         """The steps in the directory, oldest first, usable or not."""
-        self.wait()
-        self._manager.reload()
-        return tuple(self._manager.all_steps())
+        return on_first_process(self._steps)
 
     def save(self, step: int, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
         """Starts to save a state; `wait`, `close` or leaving the `with` block ends it.
@@ -123,11 +131,16 @@ class Checkpointer:
             raise CheckpointError("save needs a `with` block: what is unfinished at exit is lost")
         if (step := operator.index(step)) < 0:
             raise ValueError(f"step must not be negative; got {step}")
-        leaves = _checked_fingerprints(state)
+        arrays = named_leaves(state)
+        if jax.process_count() > 1:  # Where orbax refuses arrays that one process has alone.
+            arrays = {name: fetch(array) for name, array in arrays.items()}
+        leaves = _checked_fingerprints(arrays)
+        if not is_first_process():
+            return
         meta = _sealed({"step": step, "leaves": leaves, "extra": dict(extra or {})})
         self._make_way()
         args = self._orbax.args
-        items = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
+        items = args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta))
         with _reraise(CheckpointError, f"saving step {step} to {self._directory} failed"):
             if not self._manager.save(step, args=items):
                 newest = self._manager.latest_step()
@@ -143,28 +156,20 @@ class Checkpointer:
             CheckpointError: If there are steps and none is usable; it lists why.
             CheckpointMismatchError: If a sound step does not fit the template.
         """
-        self._skipped = {}
-        for step in reversed(self.steps):
-            try:
-                return self._read(step, template)
-            except CorruptCheckpointError as error:
-                warnings.warn(f"skipped a checkpoint: {error}", CheckpointWarning, stacklevel=2)
-                self._skipped[step] = str(error)
-        if self._skipped:
-            raise CheckpointError(
-                f"no checkpoint in {self._directory} is usable; to start from scratch, use another"
-                " directory:\n  " + "\n  ".join(self._skipped.values())
-            )
-        return None
+        restored = on_first_process(lambda: self._read_latest(template))
+        return None if restored is None else self._place(restored, template)
 
     def restore(self, step: int, template: StateT) -> Restored[StateT]:
         """Restores one step, raising a `CheckpointError` if it is absent, corrupt or another's."""
-        if step not in (steps := self.steps):
-            raise CheckpointError(f"no step {step} in {self._directory}; it holds {list(steps)}")
-        return self._read(step, template)
+        return self._place(on_first_process(lambda: self._read_step(step, template)), template)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises `CheckpointError` if that failed."""
+        """Blocks until the last save is on disk; raises `CheckpointError` if that failed.
+
+        Like `close`, it waits on process 0 and does nothing on the others.
+        """
+        if self._manager is None:
+            return
         with _reraise(CheckpointError, f"the last save to {self._directory} failed"):
             self._manager.wait_until_finished()
 
@@ -174,7 +179,13 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if self._manager is not None:
+                self._manager.close()
+
+    def _steps(self) -> tuple[int, ...]:
+        self.wait()
+        self._manager.reload()
+        return tuple(self._manager.all_steps())
 
     def _make_way(self) -> None:
         """Removes what killed saves left and moves the skipped steps aside."""
@@ -190,8 +201,30 @@ class Checkpointer:
         self._skipped = {}
         self._manager.reload()
 
-    def _read(self, step: int, template: StateT) -> Restored[StateT]:
-        wanted = _named_leaves(template)
+    def _read_latest(self, template: Any) -> Restored[Any] | None:
+        self._skipped = {}
+        for step in reversed(self._steps()):
+            try:
+                return self._read(step, template)
+            except CorruptCheckpointError as error:
+                # At the caller of restore_latest.
+                warnings.warn(f"skipped a checkpoint: {error}", CheckpointWarning, stacklevel=5)
+                self._skipped[step] = str(error)
+        if self._skipped:
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} is usable; to start from scratch, use another"
+                " directory:\n  " + "\n  ".join(self._skipped.values())
+            )
+        return None
+
+    def _read_step(self, step: int, template: Any) -> Restored[Any]:
+        if step not in (steps := self._steps()):
+            raise CheckpointError(f"no step {step} in {self._directory}; it holds {list(steps)}")
+        return self._read(step, template)
+
+    def _read(self, step: int, template: Any) -> Restored[Any]:
+        """Reads to the host, so that what is verified is what is placed, under any sharding."""
+        wanted = named_leaves(template)
         path = self._directory / str(step)
         meta = self._load(path, meta=self._orbax.args.JsonRestore())
         with _reraise(CorruptCheckpointError, str(path)):
@@ -199,13 +232,15 @@ class Checkpointer:
             if meta != _sealed(body) or body["step"] != step:
                 raise ValueError("the metadata is not what was saved here")
         _check_fit(path, body["leaves"], wanted)
-        # Read to the host, so that what is verified is what is placed, under any sharding.
-        blank = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), template)
-        state = self._load(path, state=self._orbax.args.StandardRestore(blank))
-        arrays = dict(zip(wanted, jax.tree.leaves(state), strict=True))
-        if wrong := [n for n, x in arrays.items() if _fingerprint(x) != body["leaves"][n]]:
+        blank = {n: np.broadcast_to(np.zeros((), x.dtype), x.shape) for n, x in wanted.items()}
+        arrays = self._load(path, state=self._orbax.args.StandardRestore(blank))
+        if wrong := [n for n, x in arrays.items() if fingerprint(x) != body["leaves"][n]]:
             raise CorruptCheckpointError(f"{path}: wrong checksum of {_first_few(wrong)}")
-        return Restored(step, jax.tree.map(_place, state, template), body["extra"])
+        state = jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
+        return Restored(step, state, body["extra"])
+
+    def _place(self, restored: Restored[Any], template: StateT) -> Restored[StateT]:
+        return restored._replace(state=jax.tree.map(place_like, restored.state, template))
 
     def _load(self, path: Path, **item: Any) -> Any:
         with _reraise(CorruptCheckpointError, str(path)):
@@ -223,30 +258,11 @@ def _reraise(kind: type[CheckpointError], what: str) -> Iterator[None]:
         raise kind(f"{what}: {error!r:.300}") from error
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if name in leaves:
-            raise ValueError(f"every leaf must have its own path; there are two {name}")
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise TypeError(f"every leaf must be a JAX array; {name} is a {type(leaf).__name__}")
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(f"{name} is a typed PRNG key: keep jax.random.key_data(key) instead")
-        leaves[name] = leaf
-    return leaves
-
-
-def _checked_fingerprints(state: Any) -> dict[str, list[Any]]:
-    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
+def _checked_fingerprints(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
+    arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise NonFiniteStateError(f"only finite states are saved; not finite: {_first_few(bad)}")
-    return {name: _fingerprint(array) for name, array in arrays.items()}
-
-
-def _fingerprint(array: np.ndarray) -> list[Any]:
-    data = np.asarray(array).reshape(-1).view(np.uint8).data
-    return [array.dtype.name, list(array.shape), zlib.crc32(data)]
+    return {name: fingerprint(array) for name, array in arrays.items()}
 
 
 def _check_fit(path: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, Any]) -> None:
@@ -258,14 +274,6 @@ def _check_fit(path: Path, saved: Mapping[str, list[Any]], wanted: Mapping[str, 
             f"{path} is not of this model and optimizer: {_first_few(differing)}, checkpoint !="
             " template. Use the configuration it was saved with, or another directory"
         )
-
-
-def _place(array: np.ndarray, like: Any) -> jax.Array:
-    # Uncommitted arrays must stay free to join arrays on other devices under jit.
-    placed = jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
-    if placed.dtype != array.dtype:
-        raise TypeError(f"restoring {array.dtype} needs jax.enable_x64(True)")
-    return placed
 
 
 def _sealed(body: dict[str, Any]) -> dict[str, Any]:

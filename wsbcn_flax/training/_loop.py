@@ -9,6 +9,7 @@ import jax
 
 from wsbcn_flax.training._checkpoint import Checkpointer
 from wsbcn_flax.training._micro_batches import Batch
+from wsbcn_flax.training._preemption import PreemptedError, StopRule
 from wsbcn_flax.training._progress import Progress
 from wsbcn_flax.training._state import TrainState
 from wsbcn_flax.training._step import TrainStep
@@ -56,6 +57,7 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     checkpointer: Checkpointer | None = None,
     writer: MetricWriter | None = None,
+    should_stop: StopRule = lambda step: False,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains from the state's step to ``config.steps``.
 
@@ -71,6 +73,8 @@ def fit(
         evaluate: metrics of a state, written under their names with the prefix ``eval_``.
         checkpointer: inside its ``with`` block, or None to save nothing.
         writer: receives the metrics.
+        should_stop: asked after every step, given its number; when true, the state is saved and
+            training ends early. See ``stop_on_sigterm``.
 
     Returns:
         The state after the last step, and its evaluation's metrics (empty without ``evaluate``).
@@ -79,6 +83,7 @@ def fit(
         ValueError: for a state beyond ``config.steps``.
         NonFiniteLossError: at once when a loss or gradient norm is not finite; checkpoints saved
             before stay as they are.
+        PreemptedError: when ``should_stop`` ended training early.
 
     Example:
         >>> import itertools, jax, jax.numpy as jnp, optax
@@ -112,10 +117,11 @@ def fit(
             previous = (number, metrics)
             progress.update(number, {**metrics, **results})
             is_last = number == config.steps
+            stops = should_stop(number) and not is_last
             is_due = {
                 "log": is_last or number % config.log_every == 0,
                 "eval": is_last or _divides(config.eval_every, number),
-                "checkpoint": is_last or _divides(config.checkpoint_every, number),
+                "checkpoint": is_last or stops or _divides(config.checkpoint_every, number),
             }
             if not any(is_due.values()):
                 continue
@@ -127,6 +133,9 @@ def fit(
                 writer.write(number, values)
             if is_due["checkpoint"] and checkpointer is not None:
                 checkpointer.save(number, state, extra={"metrics": results})
+            if stops:
+                saved = "was not saved" if checkpointer is None else "is saved; resume from it"
+                raise PreemptedError(f"Training was asked to stop at step {number}, which {saved}.")
     return state, results
 
 

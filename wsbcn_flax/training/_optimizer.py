@@ -17,7 +17,8 @@ class OptimizerConfig:
         learning_rate: at its peak.
         momentum: of the buffer, 0 to below 1.
         nesterov: whether the momentum is Nesterov's.
-        weight_decay: added to the gradient of kernels, times the kernel; not of scales and biases.
+        weight_decay: added to the gradient of kernels, times the kernel.
+        decays_everything: whether scales and biases decay too, as they do in PyTorch's SGD.
         schedule: after warm-up: "constant", "step" (times ``decay`` at each milestone) or "cosine"
             (to zero at the end of training).
         warmup_epochs: epochs of linear growth from zero.
@@ -39,6 +40,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    decays_everything: bool = False
     schedule: Schedule = "cosine"
     warmup_epochs: float = 0.0
     milestones: tuple[float, ...] = ()
@@ -91,8 +93,9 @@ class OptimizerConfig:
 
     def make(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         """The optimizer that follows ``schedule``."""
+        mask = None if self.decays_everything else kernel_mask
         return optax.chain(
-            optax.add_decayed_weights(self.weight_decay, mask=kernel_mask),
+            optax.add_decayed_weights(self.weight_decay, mask=mask),
             optax.sgd(schedule, self.momentum or None, self.nesterov),
         )
 

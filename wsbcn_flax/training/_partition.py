@@ -8,8 +8,12 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from wsbcn_flax.training._processes import place
+from wsbcn_flax.training._state import TrainState
 
 Mode = Literal["jit", "shard_map", "pmap"]
 AXIS_NAME = "data"
@@ -21,13 +25,21 @@ class Partition:
 
     Attributes:
         mode: "shard_map" runs the step on each device's share of the batch with ``axis_name``;
-            "pmap" is the same by ``jax.pmap``, for code that has it already; "jit" runs it on
-            global arrays, and XLA inserts the collectives (batch statistics are then those of the
-            whole micro-batch on all devices).
+            "pmap" is the same by ``jax.pmap``, which JAX keeps for old code: it does not donate
+            and reshapes every batch; "jit" runs it on global arrays, and XLA inserts the
+            collectives (batch statistics are then those of the whole micro-batch on all devices).
         devices: all that JAX knows, those of other processes included, if None.
+        shard_optimizer: whether each device keeps and updates only its share of the optimizer's
+            state, as ZeRO's first stage does: arrays of which a dimension is a multiple of the
+            number of devices are split along the longest such. The step stays the same; the
+            updated parameters are gathered once more. For "jit" only.
 
     Raises:
-        ValueError: for an unknown mode.
+        ValueError: for an unknown mode, or ``shard_optimizer`` with another mode than "jit".
+
+    References:
+        Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
+        https://arxiv.org/abs/1910.02054
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -42,10 +54,16 @@ class Partition:
 
     mode: Mode = "shard_map"
     devices: Sequence[Any] | None = None
+    shard_optimizer: bool = False
 
     def __post_init__(self):
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {get_args(Mode)}, received {self.mode!r}.")
+        if self.shard_optimizer and self.mode != "jit":
+            raise ValueError(
+                "shard_optimizer leaves the collectives to XLA, which only global arrays do: it "
+                f'needs mode="jit", received {self.mode!r}.'
+            )
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -83,17 +101,35 @@ class Partition:
                 out_specs=P(),
                 check_vma=False,
             )
+        state, batch = self._sharding(P()), self._sharding(P(AXIS_NAME))
+        if self.shard_optimizer:
+            # Each array has a sharding of its own, which the constraints give it.
+            state, step = None, self._constrained(step)
         return jax.jit(
             step,
-            in_shardings=(self._sharding(P()), self._sharding(P(AXIS_NAME))),
-            out_shardings=self._sharding(P()),
+            in_shardings=(state, batch),
+            out_shardings=state,
             donate_argnums=0 if donate_state else (),
         )
 
     def place_state(self, state: Any) -> Any:
         """Copies the state to every device; steps may donate the copy, the original stays."""
         # device_put reuses the buffer of the device the array is on, may_alias=False or not.
-        return jax.device_put(jax.tree.map(jnp.copy, state), self._sharding(P()))
+        return jax.tree.map(place, jax.tree.map(jnp.copy, state), self.state_shardings(state))
+
+    def state_shardings(self, state: Any) -> Any:
+        """The sharding of every array of a state, or of a pytree that holds one."""
+        # Under pmap each process has its own copy and not a share of a global array.
+        mesh = self.mesh.local_mesh if self.mode == "pmap" else self.mesh
+        replicated = NamedSharding(mesh, P())
+
+        def shardings(part):
+            everywhere = jax.tree.map(lambda _: replicated, part)
+            if self.shard_optimizer and isinstance(part, TrainState):
+                return everywhere.replace(opt_state=jax.tree.map(self._share, part.opt_state))
+            return everywhere
+
+        return jax.tree.map(shardings, state, is_leaf=lambda x: isinstance(x, TrainState))
 
     def place_batch(self, batch: Any) -> Any:
         """Splits arrays [B, ...] of this process's part of the batch over its devices.
@@ -110,6 +146,20 @@ class Partition:
                     "devices."
                 )
         return jax.make_array_from_process_local_data(self._sharding(P(AXIS_NAME)), batch)
+
+    def _constrained(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def constrain(tree):
+            return lax.with_sharding_constraint(tree, self.state_shardings(tree))
+
+        return lambda state, batch: constrain(step(constrain(state), batch))
+
+    def _share(self, array: jax.Array) -> NamedSharding:
+        """Splits an array along its longest dimension that the devices divide, if there is one."""
+        divisible = [size if size % self.mesh.size == 0 else 0 for size in array.shape]
+        if not any(divisible):
+            return self._sharding(P())
+        axis = divisible.index(max(divisible))
+        return self._sharding(P(*[None] * axis, AXIS_NAME))
 
     def _sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

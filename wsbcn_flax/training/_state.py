@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.training.dynamic_scale import DynamicScale
 
 
 @struct.dataclass
@@ -18,16 +19,22 @@ class TrainState:
         params: the model's parameters, raw where a transform standardizes them.
         batch_stats: running statistics; empty for a model that has none.
         opt_state: the optimizer's state.
+        loss_scale: for float16, Flax's dynamic scale; None for no scaling.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    loss_scale: DynamicScale | None = None
 
     @classmethod
     def create(
-        cls, variables: Mapping[str, Any], optimizer: optax.GradientTransformation
+        cls,
+        variables: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        *,
+        loss_scale: DynamicScale | None = None,
     ) -> "TrainState":
         """The state before the first step, from what ``model.init`` returned.
 
@@ -39,9 +46,15 @@ class TrainState:
             (0, {})
         """
         params = variables["params"]
+        if loss_scale is not None:  # Its numbers are Python's, whose dtypes would change later.
+            loss_scale = loss_scale.replace(
+                fin_steps=jnp.asarray(loss_scale.fin_steps, jnp.int32),
+                scale=jnp.asarray(loss_scale.scale, jnp.float32),
+            )
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
             opt_state=optimizer.init(params),
+            loss_scale=loss_scale,
         )

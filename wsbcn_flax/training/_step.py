@@ -1,5 +1,6 @@
 """The training step: a pure function from state and batch to state and metrics."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import optax
 from jax import lax
 
+from wsbcn_flax.training._all_reduce import mean_over_devices
+from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
 from wsbcn_flax.training._micro_batches import (
     Batch,
     LossFn,
@@ -36,6 +39,9 @@ def make_train_step(
     transformed parameters over all micro-batches, averages gradients, batch_stats and metrics over
     devices in one all-reduce, and pulls the gradient back through the transform once.
 
+    Where the state has a ``loss_scale``, gradients are computed of the scaled loss; a step whose
+    gradients are not finite is skipped, but for its number, and the scale adapts.
+
     Args:
         loss_fn: ``(params, batch_stats, batch, *, rng) -> (loss, (batch_stats, metrics))``, all
             means over the batch.
@@ -48,7 +54,8 @@ def make_train_step(
 
     Returns:
         ``step(state, batch) -> (state, metrics)``, to wrap in ``Partition.compile`` or ``jax.jit``.
-        The metrics are those of ``loss_fn``, with ``loss`` and ``grad_norm``.
+        The metrics are those of ``loss_fn``, with ``loss`` and ``grad_norm``, and where the loss is
+        scaled ``loss_scale`` and ``skipped``, 1 for a step that was.
 
     Raises:
         ValueError: when traced, for an empty batch or one that the micro-batches do not divide.
@@ -78,20 +85,27 @@ def make_train_step(
             if transform is None
             else jax.vjp(transform, state.params)
         )
+        loss = loss_fn if state.loss_scale is None else scale_loss(loss_fn, state.loss_scale)
         out = evaluate_micro_batches(
-            loss_fn, params, state.batch_stats, batch, micro_batches=micro_batches, rng=rng
+            loss, params, state.batch_stats, batch, micro_batches=micro_batches, rng=rng
         )
         if axis_name is not None:
-            out = lax.pmean(out, axis_name)
+            out = mean_over_devices(out, axis_name)
         (gradients,) = pull_back(out.gradients)
+        if state.loss_scale is not None:
+            gradients = unscale(gradients, state.loss_scale)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        new_state = TrainState(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=out.batch_stats,
             opt_state=opt_state,
         )
+        metrics = {**out.metrics, "grad_norm": optax.tree.norm(gradients)}
+        if state.loss_scale is not None:
+            new_state, metrics = skip_if_not_finite(state, new_state, metrics)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
-        return new_state, {**out.metrics, "grad_norm": optax.tree.norm(gradients)}
+        return new_state, metrics
 
     return step

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from wsbcn_flax.training._micro_batches import Batch, Metrics
 
@@ -50,7 +51,7 @@ class Classification:
         >>> variables = jax.jit(task.init)(jax.random.key(0), batch)
         >>> sums = task.eval_fn(**variables, batch={**batch, "mask": jnp.ones(2)})
         >>> sorted(sums)
-        ['count', 'error', 'loss']
+        ['count', 'error', 'loss', 'top5_error']
     """
 
     model: nn.Module
@@ -85,17 +86,22 @@ class Classification:
         return loss, (updates.get("batch_stats", {}), {"error": error})
 
     def eval_fn(self, params: Any, batch_stats: Any, batch: Batch) -> Metrics:
-        """Sums of the loss and of errors over the samples whose ``mask`` is 1."""
+        """Sums over the samples whose ``mask`` is 1.
+
+        The loss, top-1 errors as ``error`` and, of more than five classes, ``top5_error``.
+        """
         variables = {"params": params, "batch_stats": batch_stats}
         logits = cast(jax.Array, self.model.apply(variables, batch["image"], train=False))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         valid = batch["mask"] > 0  # A selection: padding may hold anything.
-        return {
-            "loss": jnp.sum(jnp.where(valid, loss, 0)),
-            "error": jnp.sum(jnp.where(valid, _is_wrong(logits, batch["label"]), 0)),
-            "count": jnp.sum(batch["mask"]),
-        }
+        values = {"loss": loss, "error": _is_wrong(logits, batch["label"])}
+        if logits.shape[-1] > 5:
+            values["top5_error"] = _is_wrong(logits, batch["label"], guesses=5)
+        sums = {name: jnp.sum(jnp.where(valid, value, 0)) for name, value in values.items()}
+        return {**sums, "count": jnp.sum(batch["mask"])}
 
 
-def _is_wrong(logits: jax.Array, label: jax.Array) -> jax.Array:
-    return (jnp.argmax(logits, axis=-1) != label).astype(jnp.float32)
+def _is_wrong(logits: jax.Array, label: jax.Array, *, guesses: int = 1) -> jax.Array:
+    """1 where the label is not among the classes of the largest logits, else 0."""
+    _, guessed = lax.top_k(logits, guesses)
+    return jnp.all(guessed != label[:, None], axis=-1).astype(jnp.float32)

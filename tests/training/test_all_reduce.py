@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from wsbcn_flax.training._all_reduce import mean_over_devices
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    return {
+        "kernels": [jnp.asarray(rng.normal(size=(8, 3, 2)), jnp.float32) for _ in range(2)],
+        "scale": jnp.asarray(rng.normal(size=(8, 5)), jnp.bfloat16),
+        "bias": jnp.asarray(rng.normal(size=(8, 7)), jnp.float32),
+        "loss": jnp.asarray(rng.normal(size=(8,)), jnp.float32),
+    }
+
+
+def on_devices(mesh, mean):
+    """The function on each device's own row of every array."""
+    own = lambda arrays: mean(jax.tree.map(lambda x: x[0], arrays))  # noqa: E731
+    return jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
+
+
+def test_is_the_mean_of_every_array_in_its_own_dtype(mesh8):
+    arrays = tree()
+    actual = jax.jit(on_devices(mesh8, lambda t: mean_over_devices(t, "data")))(arrays)
+    for mean, array in zip(jax.tree.leaves(actual), jax.tree.leaves(arrays), strict=True):
+        assert (mean.shape, mean.dtype) == (array.shape[1:], array.dtype)
+        tolerance = 8 * float(jnp.finfo(array.dtype).eps)
+        expected = np.asarray(array, np.float64).mean(0)
+        np.testing.assert_allclose(np.asarray(mean, np.float64), expected, atol=tolerance)
+
+
+def test_scalars_and_vectors_travel_as_one(mesh8):
+    """The all-reduce has an operand for each kernel, and one for all the rest together."""
+
+    def operands(mean):
+        hlo = jax.jit(on_devices(mesh8, mean)).lower(tree()).as_text()
+        return hlo.count("stablehlo.all_reduce")
+
+    assert operands(lambda t: mean_over_devices(t, "data")) == 3
+    assert operands(lambda t: lax.pmean(t, "data")) == 5

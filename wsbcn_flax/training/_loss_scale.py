@@ -1,0 +1,54 @@
+"""Dynamic loss scaling for float16, around flax's rule for the scale.
+
+Small gradients vanish in float16 unless the loss, and so every gradient, is multiplied by a large
+number; too large a number makes them infinite. Flax's rule doubles it after many finite steps and
+halves it after one that is not.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.training.dynamic_scale import DynamicScale
+
+from wsbcn_flax.training._micro_batches import Batch, LossFn, Metrics
+from wsbcn_flax.training._state import TrainState
+
+
+def scale_loss(loss_fn: LossFn, loss_scale: DynamicScale) -> LossFn:
+    """The loss times the scale, its own value among the metrics."""
+
+    def scaled_loss_fn(
+        params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
+        return loss * loss_scale.scale, (batch_stats, {"loss": loss, **metrics})
+
+    return scaled_loss_fn
+
+
+def unscale(gradients: Any, loss_scale: DynamicScale) -> Any:
+    """The gradients of the loss itself."""
+    return jax.tree.map(lambda g: g / jnp.asarray(loss_scale.scale, g.dtype), gradients)
+
+
+def skip_if_not_finite(
+    state: TrainState, new_state: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """Takes the step if its ``grad_norm`` is finite, and adapts the scale to whether it is.
+
+    A step that is skipped counts as a step, since its batch is used up, and changes nothing else.
+    """
+    assert state.loss_scale is not None
+    # The norm stands for all gradients: flax's rule sees a scalar that is finite if they are.
+    probe = jnp.where(jnp.isfinite(metrics["grad_norm"]), 1.0, jnp.nan)
+    rule = state.loss_scale.value_and_grad(lambda x: probe * x)(jnp.ones(()))
+    kept = dataclasses.replace(state, step=new_state.step)
+    taken = jax.tree.map(lambda new, old: jnp.where(rule.finite, new, old), new_state, kept)
+    return dataclasses.replace(taken, loss_scale=rule.dynamic_scale), {
+        **metrics,
+        "grad_norm": jnp.where(rule.finite, metrics["grad_norm"], 0.0),
+        "loss_scale": jnp.asarray(state.loss_scale.scale),
+        "skipped": jnp.where(rule.finite, 0.0, 1.0),
+    }

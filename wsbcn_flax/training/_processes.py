@@ -1,0 +1,166 @@
+"""One run in many processes: joining them, agreeing on what the first of them found, leaving."""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+
+from wsbcn_flax.training._preemption import PREEMPTED_STATUS
+
+T = TypeVar("T")
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join_processes(*, cluster: bool = False, heartbeat_timeout: int = 100) -> None:
+    """Makes this process one of several that train together, if the environment says so.
+
+    The environment variables ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0),
+    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` describe the processes; without them, and without
+    ``cluster``, this process trains alone. It must be called before JAX is asked for devices.
+
+    A process that dies takes the others with it. Where the collective that they wait for it in does
+    not fail by itself, JAX aborts them (status 134) with "another task died", at once if it was
+    process 0 and else after ``heartbeat_timeout`` seconds. They resume together from the last
+    checkpoint. An exception that nobody catches ends this process at once.
+
+    Args:
+        cluster: whether JAX should find the processes itself, as it can under SLURM, Open MPI and
+            Kubernetes and on Cloud TPUs.
+        heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+
+    Raises:
+        ValueError: for variables of which some are missing or not numbers, or a ``cluster`` that
+            JAX does not find.
+        RuntimeError: if devices were asked for before, or the others cannot be reached.
+
+    Example:
+        >>> from wsbcn_flax.training import join_processes
+        >>> join_processes()  # None of the variables is set: this process stays alone.
+    """
+    described = _described(os.environ)
+    if not (described or cluster):
+        return
+    jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_timeout)
+    sys.excepthook = _print_and_leave
+
+
+def is_first_process() -> bool:
+    """Whether this is process 0, the one that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def on_first_process(action: Callable[[], T]) -> T:
+    """Runs ``action`` on process 0; its result, or the exception it raised, is everybody's.
+
+    All processes must call it, in the same order among their collectives.
+
+    Args:
+        action: what to run; its result must survive ``pickle``.
+
+    Example:
+        >>> from wsbcn_flax.training import on_first_process
+        >>> on_first_process(lambda: 1 + 1)
+        2
+    """
+    if jax.process_count() == 1:
+        return action()
+    payload, error = b"", None
+    if is_first_process():
+        try:
+            payload = pickle.dumps((action(), None))
+        except Exception as raised:
+            error = raised
+            payload = pickle.dumps((None, _portable(raised)))
+    result, portable = pickle.loads(_broadcast(payload))
+    if portable is not None:
+        raise error or portable
+    return result
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A copy of an array on this host, gathered from the processes that hold parts of it.
+
+    All processes must call it.
+    """
+    if array.is_fully_replicated or array.is_fully_addressable:
+        return np.array(array)
+    from jax.experimental import multihost_utils
+
+    return np.array(multihost_utils.process_allgather(array, tiled=True))
+
+
+def place(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array of that sharding, from a value that every process has."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    # device_put would first compare the value over all processes, a collective for each array.
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with an exit status, not waiting for the others if it is a failure.
+
+    A process that failed would wait in vain for those that wait for it in a collective.
+    """
+    if jax.distributed.is_initialized() and status not in (0, PREEMPTED_STATUS):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _described(environment: Mapping[str, str]) -> dict[str, Any]:
+    values = {name: environment[name] for name in _VARIABLES if environment.get(name)}
+    if not values:
+        return {}
+    if len(values) < len(_VARIABLES):
+        missing = [name for name in _VARIABLES if name not in values]
+        raise ValueError(
+            f"{', '.join(_VARIABLES)} go together, received all but {', '.join(missing)}. Set all "
+            "of them in every process, or none."
+        )
+    address, *numbers = values.values()
+    if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+        raise ValueError(
+            f"JAX_PROCESS_ID must be from 0 to below JAX_NUM_PROCESSES, received {numbers[1]} of "
+            f"{numbers[0]}."
+        )
+    return {
+        "coordinator_address": address,
+        "num_processes": int(numbers[0]),
+        "process_id": int(numbers[1]),
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _broadcast(payload: bytes) -> bytes:
+    """Process 0's bytes. As bytes, since floats would pass through a sum that loses -0.0."""
+    from jax.experimental import multihost_utils
+
+    header = np.frombuffer(len(payload).to_bytes(8, "little"), np.uint8)
+    size = int.from_bytes(multihost_utils.broadcast_one_to_all(header).tobytes(), "little")
+    data = np.frombuffer(payload, np.uint8) if payload else np.zeros(size, np.uint8)
+    return multihost_utils.broadcast_one_to_all(data).tobytes()
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception, or its text if it does not survive ``pickle``."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"process 0: {error!r}")
+    return error
+
+
+def _print_and_leave(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    sys.__excepthook__(kind, error, traceback)
+    leave(1)
