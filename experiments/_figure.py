@@ -1,6 +1,6 @@
-"""The figure of test error against micro-batch size."""
+"""Figures of test error: against micro-batch size, and by step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments._results import Result, display_name, spread
@@ -45,6 +45,24 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_ylabel("test error (%)")
     axes.set_title(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_curves(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], path: Path) -> None:
+    """Draws test error in percent by step, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for name, (steps, errors) in curves.items():
+        axes.plot(steps, errors, marker="o", label=f"{name}: {errors[-1]:.2f} %")
+    axes.set_xlabel("step")
+    axes.set_ylabel("test error (%)")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

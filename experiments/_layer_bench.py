@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments._baselines import NaiveBatchChannelNorm
 from wsbcn_flax import BatchChannelNorm, standardize
 
 Shape = tuple[int, int, int, int]
@@ -20,24 +21,6 @@ Key = tuple[str, Pass]
 Call = Callable[[], Any]
 
 PASSES: tuple[Pass, ...] = ("forward", "forward_backward")
-
-
-class NaiveBatchChannelNorm(nn.Module):
-    """Flax's batch normalization followed by its group normalization: two passes over everything.
-
-    Attributes:
-        num_groups: groups of the second; divides the channels.
-        epsilon: added to both variances.
-    """
-
-    num_groups: int
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes x [B, ..., C] and updates the running statistics."""
-        x = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=self.epsilon)(x)
-        return nn.GroupNorm(self.num_groups, epsilon=self.epsilon)(x)
 
 
 def normalizations(num_groups: int) -> dict[str, nn.Module]:

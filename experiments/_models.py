@@ -1,23 +1,58 @@
 """From a recipe's configuration to a model and the transform of its parameters."""
 
 import functools
+import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.training.dynamic_scale import DynamicScale
 
-from experiments._recipes import NormConfig, Recipe, WeightConfig
-from wsbcn_flax import BatchChannelNorm, WeightStandardization
-from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
+from experiments._baselines import BarrierBatchNorm, NaiveBatchChannelNorm, NoNorm
+from experiments._config import ModelConfig, NormConfig, Recipe, WeightConfig
+from wsbcn_flax import BatchChannelNorm, WeightStandardization, models
 
-_BLOCKS = {"basic": BasicBlock, "preact": PreActBlock}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{
+        f"resnet{depth}": functools.partial(models.CifarResNet, depth=depth)
+        for depth in (8, 20, 32, 44, 56, 110)
+    },
+    "preresnet110": models.PreResNet110,
+    "preresnet164": models.PreResNet164,
+    "resnext29_8x64d": models.ResNeXt29_8x64d,
+    "wrn28_10": models.WRN28_10,
+    "vgg16": models.VGG16,
+    "vgg19": models.VGG19,
+    "densenet100_12": models.DenseNetBC100_12,
+    "resnet18": models.ResNet18,
+    "resnet34": models.ResNet34,
+    "resnet50": models.ResNet50,
+    "resnet101": models.ResNet101,
+    "resnet152": models.ResNet152,
+    "resnext50_32x4d": models.ResNeXt50_32x4d,
+    "resnext101_32x4d": models.ResNeXt101_32x4d,
+}
 
 
-def make_norm(config: NormConfig) -> Callable[..., nn.Module]:
-    """The normalization a configuration names, to inject into a model."""
+def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[..., nn.Module]:
+    """The normalization a configuration names, to inject into a model.
+
+    Args:
+        config: names it.
+        axis_name: the device axis that synced statistics are averaged over.
+    """
+    batch = {"momentum": 1 - config.rate, "epsilon": 1e-5}
     match config.kind:
         case "bn":
-            return functools.partial(nn.BatchNorm, momentum=1 - config.rate, epsilon=1e-5)
+            synced = axis_name if config.sync else None
+            return functools.partial(nn.BatchNorm, axis_name=synced, **batch)
+        case "bn_barrier":
+            return functools.partial(BarrierBatchNorm, **batch)
+        case "naive_bcn":
+            return functools.partial(NaiveBatchChannelNorm, config.groups, **batch)
+        case "none":
+            return NoNorm
         case "gn":
             return functools.partial(nn.GroupNorm, num_groups=config.groups, epsilon=1e-5)
         case "ln":
@@ -31,6 +66,8 @@ def make_norm(config: NormConfig) -> Callable[..., nn.Module]:
                 statistics=config.statistics,
                 order=config.order,
                 rate=config.rate,
+                affine=config.affine,
+                axis_name=axis_name if config.sync else None,
             )
 
 
@@ -41,14 +78,59 @@ def make_transform(config: WeightConfig) -> WeightStandardization | None:
     return WeightStandardization(preset=config.preset if config.kind == "ws" else config.kind)
 
 
-def make_model(recipe: Recipe, *, num_classes: int) -> CifarResNet:
-    """A plain network with the recipe's normalization; kernels are the transform's business."""
-    return CifarResNet(
-        depth=recipe.model.depth,
+def make_model(recipe: Recipe, *, num_classes: int, axis_name: str | None = None) -> nn.Module:
+    """A plain network with the recipe's normalization; kernels are the transform's business.
+
+    Args:
+        recipe: what to build.
+        num_classes: features of the head.
+        axis_name: the device axis that synced statistics are averaged over.
+
+    Raises:
+        ValueError: for an unknown network, or an option that it does not have.
+    """
+    model = _find(recipe.model)
+    return model(
         num_classes=num_classes,
-        width=recipe.model.width,
-        stem_strides=recipe.model.stem_strides,
-        block=_BLOCKS[recipe.model.block],
-        norm=make_norm(recipe.norm),
+        norm=make_norm(recipe.norm, axis_name=axis_name),
         dtype=jnp.dtype(recipe.model.dtype),
+        **_own_options(recipe.model, model),
     )
+
+
+def make_loss_scale(config: ModelConfig) -> DynamicScale | None:
+    """What float16 needs, and wider dtypes do not."""
+    return DynamicScale() if config.dtype == "float16" else None
+
+
+def _find(config: ModelConfig) -> Callable[..., nn.Module]:
+    if config.name not in MODELS:
+        raise ValueError(
+            f"model.name must be one of {', '.join(MODELS)}, received {config.name!r}."
+        )
+    return MODELS[config.name]
+
+
+def _own_options(config: ModelConfig, model: Callable[..., nn.Module]) -> dict[str, Any]:
+    """The options that were given, all of which the network must have."""
+    options = {"width": config.width, "stem_strides": config.stem_strides}
+    given = {name: value for name, value in options.items() if value is not None}
+    own = inspect.signature(model).parameters
+    if unknown := set(given) - set(own):
+        raise ValueError(
+            f"model.width and model.stem_strides are for CIFAR residual networks, received "
+            f"{', '.join(sorted(unknown))} for {config.name}. Leave them out."
+        )
+    if not config.remat:
+        return given
+    if "block" not in own:
+        raise ValueError(
+            f"model.remat is for networks of residual blocks, received {config.name}. Leave it out."
+        )
+    return {**given, "block": _rematerialized(own["block"].default)}
+
+
+def _rematerialized(block: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    if isinstance(block, functools.partial):
+        return functools.partial(_rematerialized(block.func), *block.args, **block.keywords)
+    return nn.remat(cast(type[nn.Module], block))

@@ -1,6 +1,6 @@
-"""Results of a comparison, and their table."""
+"""Results, and their tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -47,4 +47,14 @@ def summary_table(results: Sequence[Result], *, title: str) -> Table:
         table.add_row(
             display_name(norm), *(f"{c.mean:.1f} \\[{c.low:.1f}, {c.high:.1f}]" for c in cells)
         )
+    return table
+
+
+def metric_table(title: str, metrics: Mapping[str, float]) -> Table:
+    """One metric a row; errors are fractions and shown in percent."""
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{100 * value:.2f} %" if name.endswith("error") else f"{value:.4f}")
     return table

@@ -1,26 +1,22 @@
 """From a recipe to a run: data, model, step and loop."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.dynamic_scale import DynamicScale
 
-from experiments._models import make_model, make_transform
-from experiments._recipes import Recipe
+from experiments._config import BatchConfig, Recipe
+from experiments._data import Dataset, load_dataset
+from experiments._models import make_loss_scale, make_model, make_transform
 from wsbcn_flax import WeightStandardization
-from wsbcn_flax.data import (
-    Augment,
-    ImageSplit,
-    channel_statistics,
-    eval_batches,
-    load_split,
-    train_batches,
-)
 from wsbcn_flax.training import (
     Batch,
     Checkpointer,
@@ -32,13 +28,16 @@ from wsbcn_flax.training import (
     MicroBatches,
     MultiWriter,
     Partition,
+    StopRule,
     TensorBoardWriter,
     TrainState,
     TrainStep,
     evaluate,
     fit,
+    is_first_process,
     make_eval_step,
     make_train_step,
+    stop_on_sigterm,
 )
 
 
@@ -47,8 +46,7 @@ class Run:
     """A recipe with its data loaded and its steps compiled; ``fit`` runs it for any seed."""
 
     recipe: Recipe
-    train_split: ImageSplit
-    eval_split: ImageSplit
+    dataset: Dataset[Any]
     task: Classification
     transform: WeightStandardization | None
     optimizer: optax.GradientTransformation
@@ -63,43 +61,29 @@ class Run:
         Raises:
             ValueError: for a batch that devices and micro-batches do not divide.
         """
-        load = functools.partial(load_split, recipe.data.name, data_dir=recipe.data.data_dir)
-        train_split, eval_split = load(recipe.data.train_split), load(recipe.data.eval_split)
-        partition = Partition(mode=recipe.batch.mode, devices=_devices(recipe.batch.devices))
-        task = Classification(
-            model=make_model(recipe, num_classes=train_split.num_classes),
-            label_smoothing=recipe.label_smoothing,
+        dataset = load_dataset(recipe.data)
+        partition = make_partition(recipe.batch, _devices(recipe.batch.devices))
+        steps = make_steps(
+            recipe,
+            partition,
+            num_classes=dataset.train_split.num_classes,
+            steps_per_epoch=dataset.steps_per_epoch(recipe.batch.size),
         )
-        transform = make_transform(recipe.weight)
-        schedule = recipe.optim.make_schedule(
-            steps_per_epoch=_steps_per_epoch(recipe, train_split), epochs=recipe.epochs
-        )
-        optimizer = recipe.optim.make(schedule)
-        train_step = make_train_step(
-            task.loss_fn,
-            optimizer,
-            transform=transform,
-            micro_batches=_micro_batches(recipe, partition),
-            axis_name=partition.axis_name,
-            seed=recipe.seed,
-        )
-        eval_step = make_eval_step(task, transform=transform, axis_name=partition.axis_name)
         return cls(
             recipe,
-            train_split,
-            eval_split,
-            task,
-            transform,
-            optimizer,
+            dataset,
+            steps.task,
+            steps.transform,
+            steps.optimizer,
             partition,
-            partition.compile(train_step),
-            partition.compile(eval_step, donate_state=False),
+            partition.compile(steps.train),
+            partition.compile(steps.evaluate, donate_state=False),
         )
 
     @property
     def steps(self) -> int:
         """Steps of the whole training."""
-        return round(self.recipe.epochs * _steps_per_epoch(self.recipe, self.train_split))
+        return round(self.recipe.epochs * self.dataset.steps_per_epoch(self.recipe.batch.size))
 
     def initial_state(self, seed: int) -> TrainState:
         """The state before the first step, on all devices."""
@@ -107,34 +91,17 @@ class Run:
 
     def train_batches(self, seed: int, start_step: int) -> Iterator[Batch]:
         """Batches from ``start_step`` on, placed on the devices."""
-        data, (mean, std) = self.recipe.data, self._statistics
-        batches = train_batches(
-            self.train_split,
-            batch_size=self.recipe.batch.size,
-            seed=seed,
-            mean=mean,
-            std=std,
-            augment=Augment(crop_padding=data.crop_padding, horizontal_flip=data.flip),
-            start_step=start_step,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+        batches = self.dataset.train_batches(
+            batch_size=self.recipe.batch.size, seed=seed, start_step=start_step
         )
-        try:
+        with contextlib.closing(batches):
             yield from map(self.partition.place_batch, batches)
-        finally:
-            batches.close()
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss and error of a state over the whole evaluation split."""
-        mean, std = self._statistics
-        batches = eval_batches(
-            self.eval_split,
-            batch_size=256 * self.partition.mesh.size,
-            mean=mean,
-            std=std,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
-        )
+        """Loss and errors of a state over the whole evaluation split."""
+        devices, images = self.partition.mesh.size, len(self.dataset.eval_split)
+        batch_size = devices * min(256, math.ceil(images / devices))
+        batches = self.dataset.eval_batches(batch_size=batch_size)
         return evaluate(self.eval_step, state, map(self.partition.place_batch, batches))
 
     def fit(
@@ -145,6 +112,7 @@ class Run:
         checkpointer: Checkpointer | None = None,
         writer: MetricWriter | None = None,
         state: TrainState | None = None,
+        should_stop: StopRule = lambda step: False,
     ) -> tuple[TrainState, dict[str, float]]:
         """Trains from ``state``, or from the beginning."""
         return fit(
@@ -155,20 +123,28 @@ class Run:
             evaluate=self.evaluate,
             checkpointer=checkpointer,
             writer=writer,
+            should_stop=should_stop,
         )
 
     def fit_in(
         self, folder: Path, config: LoopConfig, *, tensorboard: bool = False
     ) -> tuple[TrainState, dict[str, float]]:
-        """Trains with checkpoints and metrics in a folder, resuming from what it holds."""
-        with Checkpointer(folder / "checkpoints") as checkpointer:
+        """Trains with checkpoints and metrics in a folder, resuming from what it holds.
+
+        Raises:
+            PreemptedError: after SIGTERM, with a checkpoint of the step it stopped at.
+        """
+        checkpoints = Checkpointer(folder / "checkpoints")
+        with stop_on_sigterm() as should_stop, checkpoints as checkpointer:
             state = self.initial_state(self.recipe.seed)
             restored = checkpointer.restore_latest(state)
             if restored is not None:
                 state = restored.state
             done = int(state.step)
-            writers: list[MetricWriter] = [JsonlWriter(folder / "metrics.jsonl", resume_step=done)]
-            if tensorboard:
+            writers: list[MetricWriter] = []
+            if is_first_process():
+                writers.append(JsonlWriter(folder / "metrics.jsonl", resume_step=done))
+            if is_first_process() and tensorboard:
                 writers.append(TensorBoardWriter(folder / "tensorboard", resume_step=done))
             writer = MultiWriter(*writers)
             try:
@@ -178,6 +154,7 @@ class Run:
                     checkpointer=checkpointer,
                     writer=writer,
                     state=state,
+                    should_stop=should_stop,
                 )
             finally:
                 writer.close()
@@ -185,34 +162,80 @@ class Run:
     @functools.cached_property
     def _make_state(self) -> Callable[[int], TrainState]:
         """Compiled once for all seeds."""
-
-        @jax.jit
-        def make_state(seed):
-            images = jnp.zeros((1, *self.train_split.image_shape))
-            variables = dict(self.task.init(jax.random.key(seed), {"image": images}))
-            if self.transform is not None:
-                variables["params"] = self.transform.with_gains(variables["params"])
-            return TrainState.create(variables, self.optimizer)
-
-        return make_state
-
-    @functools.cached_property
-    def _statistics(self):
-        return channel_statistics(self.train_split.images)
-
-
-def _steps_per_epoch(recipe: Recipe, train_split: ImageSplit) -> int:
-    steps = len(train_split) // recipe.batch.size
-    if steps < 1:
-        raise ValueError(
-            f"The batch must not exceed the training set, received a batch of "
-            f"{recipe.batch.size} for {len(train_split)} images."
+        return jax.jit(
+            functools.partial(
+                make_state,
+                self.task,
+                self.optimizer,
+                transform=self.transform,
+                image_shape=self.dataset.image_shape,
+                loss_scale=make_loss_scale(self.recipe.model),
+            )
         )
-    return steps
+
+
+class Steps(NamedTuple):
+    """What a recipe trains with, as pure functions; no data are needed to make them."""
+
+    task: Classification
+    transform: WeightStandardization | None
+    optimizer: optax.GradientTransformation
+    train: TrainStep
+    evaluate: EvalStep
+
+
+def make_steps(
+    recipe: Recipe, partition: Partition, *, num_classes: int, steps_per_epoch: int
+) -> Steps:
+    """The steps of a recipe, to compile with ``partition``."""
+    task = Classification(
+        model=make_model(recipe, num_classes=num_classes, axis_name=partition.axis_name),
+        label_smoothing=recipe.label_smoothing,
+    )
+    transform = make_transform(recipe.weight)
+    schedule = recipe.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
+    optimizer = recipe.optim.make(schedule)
+    train = make_train_step(
+        task.loss_fn,
+        optimizer,
+        transform=transform,
+        micro_batches=_micro_batches(recipe, partition),
+        axis_name=partition.axis_name,
+        seed=recipe.seed,
+    )
+    evaluate = make_eval_step(task, transform=transform, axis_name=partition.axis_name)
+    return Steps(task, transform, optimizer, train, evaluate)
+
+
+def make_state(
+    task: Classification,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    *,
+    transform: WeightStandardization | None,
+    image_shape: tuple[int, int, int],
+    loss_scale: DynamicScale | None = None,
+) -> TrainState:
+    """The state before the first step."""
+    images = jnp.zeros((1, *image_shape))
+    variables = dict(task.init(jax.random.key(seed), {"image": images}))
+    if transform is not None:
+        variables["params"] = transform.with_gains(variables["params"])
+    return TrainState.create(variables, optimizer, loss_scale=loss_scale)
+
+
+def make_partition(batch: BatchConfig, devices: Sequence[Any]) -> Partition:
+    """How a recipe uses devices."""
+    return Partition(mode=batch.mode, devices=devices, shard_optimizer=batch.shard_optimizer)
 
 
 def _devices(count: int | None) -> list[Any]:
     devices = jax.devices()
+    if jax.process_count() > 1 and count not in (None, len(devices)):
+        raise ValueError(
+            f"--batch.devices is for one process alone: the {jax.process_count()} processes of a "
+            f"run use all their {len(devices)} devices, received {count}. Leave it out."
+        )
     if count is not None and not 1 <= count <= len(devices):
         raise ValueError(
             f"--batch.devices must be from 1 to the {len(devices)} devices here, received {count}."

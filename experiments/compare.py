@@ -14,9 +14,11 @@ import jax
 import rich
 import tyro
 
+from experiments._command import run_command
+from experiments._config import Recipe
 from experiments._figure import draw, require_matplotlib
 from experiments._files import write_json
-from experiments._recipes import Recipe, get_recipe
+from experiments._recipes import get_recipe
 from experiments._results import Result, summary_table
 from experiments._run import Run
 from wsbcn_flax.training import LoopConfig, Progress
@@ -54,12 +56,7 @@ class CompareOptions:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    try:
-        compare(tyro.cli(CompareOptions, args=argv, prog="compare"))
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: compare(tyro.cli(CompareOptions, args=argv, prog="compare")))
 
 
 def compare(options: CompareOptions) -> list[Result]:

@@ -1,6 +1,6 @@
 """Kills a training at random moments, resumes it, and compares it with an undisturbed one.
 
-`python -m experiments.crash RECIPE [--kills 10]`
+`python -m experiments.crash RECIPE [--kills 10] [--devices 8]`
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ import rich
 import tyro
 from rich.table import Table
 
-from experiments._recipes import Recipe, get_recipe
+from experiments._config import Recipe
+from experiments._recipes import get_recipe
 from experiments._run import Run
 from wsbcn_flax.training import Checkpointer, Progress
 
@@ -34,6 +35,7 @@ class CrashOptions:
         kills: how many times the training is killed.
         epochs: length of training.
         checkpoint_every: steps between checkpoints.
+        devices: that the training simulates on the CPU; those that JAX finds if None.
         seed: of the moments.
     """
 
@@ -41,6 +43,7 @@ class CrashOptions:
     kills: int = 10
     epochs: float = 8.0
     checkpoint_every: int = 10
+    devices: int | None = None
     seed: int = 0
 
 
@@ -50,12 +53,14 @@ class CrashReport:
 
     Attributes:
         killed_at: the last step recorded at each kill; fewer than asked for if it ended before.
+        lost: how many of the recorded steps the newest checkpoint did not hold, at each kill.
         differing: paths of the leaves of the final states that are not equal bit for bit.
         same_metrics: whether the two metric files are equal.
         leaves: how many arrays were compared.
     """
 
     killed_at: tuple[int, ...]
+    lost: tuple[int, ...]
     differing: tuple[str, ...]
     same_metrics: bool
     leaves: int
@@ -68,23 +73,26 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
         RuntimeError: if a training fails by itself.
     """
     whole, killed = folder / "whole", folder / "killed"
-    startup, steps = _undisturbed(options, whole)
+    startup = _undisturbed(options, whole)
+    furthest = round(1.5 * _last_step(whole) / options.kills)
     moments = random.Random(options.seed)
-    killed_at = []
+    killed_at, lost = [], []
     with Progress("kill", total=options.kills) as progress:
         for number in range(options.kills):
-            process = _start(options, killed)
-            # While restoring, compiling, stepping, saving: late enough to get on between kills.
-            latest = startup + 1.5 * steps / options.kills
-            if not _kill_after(process, moments.uniform(0.8 * startup, latest)):
+            # While stepping and saving, or now and then while importing, restoring and compiling.
+            further = moments.randint(0, furthest)
+            pause = moments.uniform(0, 0.2 if further else startup)
+            if not _kill(_start(options, killed), killed, further=further, pause=pause):
                 break
             killed_at.append(_last_step(killed))
+            lost.append(max(killed_at[-1] - _newest_checkpoint(killed), 0))
             progress.update(number + 1, {"killed at step": killed_at[-1]})
     _finish(_start(options, killed))
     recipe = _recipe(options)
     one, other = _final_leaves(recipe, whole), _final_leaves(recipe, killed)
     return CrashReport(
         tuple(killed_at),
+        tuple(lost),
         tuple(path for path in one if one[path].tobytes() != other[path].tobytes()),
         (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text(),
         len(one),
@@ -99,18 +107,25 @@ def _start(options: CrashOptions, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.train", options.recipe, "--out", str(folder)]
     command += ["--epochs", str(options.epochs), "--log-every", "1", "--no-progress"]
     command += ["--checkpoint-every", str(options.checkpoint_every)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment = dict(os.environ)
+    if options.devices is not None:
+        flag = f"--xla_force_host_platform_device_count={options.devices}"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}"
+        environment["JAX_PLATFORMS"] = "cpu"
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
-def _undisturbed(options: CrashOptions, folder: Path) -> tuple[float, float]:
-    """Runs to the end; returns the seconds until the first step and those from there on."""
+def _undisturbed(options: CrashOptions, folder: Path) -> float:
+    """Runs to the end; returns the seconds until the first step."""
     started = time.monotonic()
     process = _start(options, folder)
     while process.poll() is None and not _last_step(folder):
         time.sleep(0.05)
     first = time.monotonic()
     _finish(process)
-    return first - started, time.monotonic() - first
+    return first - started
 
 
 def _finish(process: subprocess.Popen) -> None:
@@ -119,10 +134,13 @@ def _finish(process: subprocess.Popen) -> None:
         raise RuntimeError(f"A training failed by itself:\n{errors.decode()[-2000:]}")
 
 
-def _kill_after(process: subprocess.Popen, seconds: float) -> bool:
-    """Kills the training after so many seconds; False if it ended before."""
+def _kill(process: subprocess.Popen, folder: Path, *, further: int, pause: float) -> bool:
+    """Kills the training some steps further than it ever was, and a pause; False if it ended."""
+    target = _last_step(folder) + further
+    while process.poll() is None and _last_step(folder) < target:
+        time.sleep(0.02)
     try:
-        process.wait(timeout=seconds)
+        process.wait(timeout=pause)
     except subprocess.TimeoutExpired:
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -137,6 +155,11 @@ def _last_step(folder: Path) -> int:
     # The last line may be torn by the kill.
     complete = [line for line in lines if line.endswith("}")]
     return json.loads(complete[-1])["step"] if complete else 0
+
+
+def _newest_checkpoint(folder: Path) -> int:
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        return max(checkpointer.steps, default=0)
 
 
 def _final_leaves(recipe: Recipe, folder: Path) -> dict[str, np.ndarray]:
@@ -160,6 +183,7 @@ def main(argv: list[str]) -> int:
     table.add_column("what")
     table.add_column("result", justify="right")
     table.add_row("last step recorded at each kill", ", ".join(map(str, report.killed_at)))
+    table.add_row("most steps lost at a kill", str(max(report.lost, default=0)))
     table.add_row("arrays of the final state compared", str(report.leaves))
     table.add_row("arrays that differ in any bit", str(len(report.differing)))
     table.add_row("metrics.jsonl equal", "yes" if report.same_metrics else "no")

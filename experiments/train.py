@@ -1,25 +1,43 @@
 """Trains a recipe: `python -m experiments.train RECIPE [--a.b VALUE ...]`."""
 
 import dataclasses
+import inspect
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import rich
 import tyro
-from rich.table import Table
 
+from experiments._command import run_command
+from experiments._config import Recipe
 from experiments._files import write_json
-from experiments._recipes import Recipe, get_recipe, recipe_names
+from experiments._published import PUBLISHED
+from experiments._recipes import get_recipe, recipe_names
+from experiments._results import metric_table
 from experiments._run import Run
-from wsbcn_flax.training import LoopConfig
+from wsbcn_flax.training import (
+    LoopConfig,
+    is_first_process,
+    join_processes,
+    leave,
+    on_first_process,
+)
 
 _USAGE = """\
 usage: python -m experiments.train RECIPE [--a.b VALUE ...]
 
-Trains, evaluates, checkpoints and resumes. `RECIPE --help` lists the options. Recipes:
-"""
+Trains, evaluates, checkpoints and resumes. `RECIPE --help` lists the options.
+Exit status: 0 trained to the end, 1 error, 2 usage, 75 stopped by SIGTERM with a checkpoint (the
+same command resumes). If another process of the run died: 1, or 134 by an abort.
+
+Recipes of published results, whose `--help` tells the error to expect and the cost:
+{published}
+
+All others, {{data}}_{{model}}_{{norm}}[_{{weight}}]:
+{rest}"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +52,9 @@ class TrainOptions:
         log_every: steps between records of training metrics.
         tensorboard: whether to write TensorBoard's files too.
         progress: whether to display progress.
+        cluster: whether JAX finds the other processes of the run itself (SLURM, Cloud TPU, ...);
+            else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them, if any.
+        heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -43,22 +64,33 @@ class TrainOptions:
     log_every: int = 20
     tensorboard: bool = False
     progress: bool = True
+    cluster: bool = False
+    heartbeat_timeout: int = 100
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE + "\n".join(f"  {name}" for name in recipe_names()))
+        rest = [name for name in recipe_names() if name not in PUBLISHED]
+        print(_USAGE.format(published=_indented(PUBLISHED), rest=_indented(rest)))
         return 0 if argv else 2
-    name, *rest = argv
-    try:
-        default = TrainOptions(recipe=get_recipe(name))
-        options = tyro.cli(TrainOptions, default=default, args=rest, prog=f"train {name}")
-        train(options, folder=options.out or Path("runs") / name)
-    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _train(*argv))
+
+
+def _train(name: str, *arguments: str) -> None:
+    options = tyro.cli(
+        TrainOptions,
+        default=TrainOptions(recipe=get_recipe(name)),
+        args=arguments,
+        prog=f"train {name}",
+        description=inspect.getdoc(PUBLISHED[name]) if name in PUBLISHED else None,
+    )
+    join_processes(cluster=options.cluster, heartbeat_timeout=options.heartbeat_timeout)
+    train(options, folder=options.out or Path("runs") / name)
+
+
+def _indented(names: Iterable[str]) -> str:
+    return "\n".join(f"  {name}" for name in names)
 
 
 def train(options: TrainOptions, *, folder: Path) -> dict[str, float]:
@@ -68,17 +100,18 @@ def train(options: TrainOptions, *, folder: Path) -> dict[str, float]:
         ValueError: if the folder holds a run of another recipe.
     """
     run = Run.build(options.recipe)
-    _claim(folder, options.recipe)
+    on_first_process(lambda: _claim(folder, options.recipe))
     config = LoopConfig(
         steps=run.steps,
         log_every=options.log_every,
         eval_every=options.eval_every,
         checkpoint_every=options.checkpoint_every,
-        show_progress=options.progress,
+        show_progress=options.progress and is_first_process(),
     )
     _, metrics = run.fit_in(folder, config, tensorboard=options.tensorboard)
-    write_json(folder / "result.json", metrics)
-    rich.print(_table(folder, run.steps, metrics))
+    if is_first_process():
+        write_json(folder / "result.json", metrics)
+        rich.print(metric_table(f"{folder}: after {run.steps} steps", metrics))
     return metrics
 
 
@@ -98,14 +131,5 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _table(folder: Path, steps: int, metrics: dict[str, float]) -> Table:
-    table = Table(title=f"{folder}: after {steps} steps")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{100 * value:.2f} %" if name.endswith("error") else f"{value:.4f}")
-    return table
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

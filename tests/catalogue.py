@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from oracles import normal
 
 from wsbcn_flax import BatchChannelNorm, WSConv, WSConvTranspose, WSDense
-from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
+from wsbcn_flax.models import (
+    VGG,
+    BasicBlock,
+    Bottleneck,
+    CifarResNet,
+    DenseNet,
+    PreActBlock,
+    PreActBottleneck,
+    ResNet,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +56,20 @@ class Entry:
         variables["params"] = jax.tree.unflatten(structure, moved)
         return variables
 
+    @property
+    def returns_logits(self) -> bool:
+        """Whether it is a network, whose output is float32 or wider in any dtype."""
+        return "train" in self.call
+
     def apply(self, variables, x, *, dtype=None):
-        """Trains on one batch: the output, and the variables after it."""
-        y, updates = self.make(dtype).apply(variables, x, **self.call, mutable=["batch_stats"])
+        """Trains on one batch, always dropping the same: the output, and the variables after it."""
+        y, updates = self.make(dtype).apply(
+            variables,
+            x,
+            **self.call,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(2)},
+        )
         return y, {**variables, **updates}
 
 
@@ -63,21 +83,22 @@ def _norm(dtype):
     return functools.partial(BatchChannelNorm, num_groups=2, use_running_average=False, dtype=dtype)
 
 
-def _residual(block):
+def _residual(block, **options):
     return lambda dtype: block(
-        8, conv=functools.partial(WSConv, dtype=dtype), norm=_norm(dtype), strides=2
+        8, conv=functools.partial(WSConv, dtype=dtype), norm=_norm(dtype), strides=2, **options
     )
 
 
-def _resnet(block, norm):
-    return lambda dtype: CifarResNet(
-        depth=8, num_classes=3, width=4, block=block, conv=WSConv, norm=norm, dtype=dtype
-    )
+def _network(network, **options):
+    """A network of WSConv, with BCN in two groups unless another norm is given."""
+    options = {"norm": functools.partial(BatchChannelNorm, num_groups=2), **options}
+    return lambda dtype: network(num_classes=3, conv=WSConv, dtype=dtype, **options)
 
 
 _BCN = frozenset({"batch_scale", "batch_bias", "channel_scale", "channel_bias"})
 _STATS = frozenset({"mean", "var", "count"})
-_RESNET_PARAMS = _BCN | {"kernel", "bias"}
+_NETWORK_PARAMS = _BCN | {"kernel", "bias"}
+_GroupNorm = functools.partial(nn.GroupNorm, num_groups=2)
 
 CATALOGUE: dict[str, Entry] = {
     "ws_conv": Entry(
@@ -138,6 +159,13 @@ CATALOGUE: dict[str, Entry] = {
         params=_BCN | {"kernel"},
         stats=_STATS,
     ),
+    "bottleneck": Entry(
+        name="Bottleneck",
+        make=_residual(Bottleneck, groups=2),
+        shape=(2, 6, 6, 4),
+        params=_BCN | {"kernel"},
+        stats=_STATS,
+    ),
     "preact_block": Entry(
         name="PreActBlock",
         make=_residual(PreActBlock),
@@ -145,17 +173,61 @@ CATALOGUE: dict[str, Entry] = {
         params=_BCN | {"kernel"},
         stats=_STATS,
     ),
+    "preact_bottleneck": Entry(
+        name="PreActBottleneck",
+        make=_residual(PreActBottleneck, base_width=128),
+        shape=(2, 6, 6, 4),
+        params=_BCN | {"kernel"},
+        stats=_STATS,
+    ),
     "cifar_resnet": Entry(
         name="CifarResNet",
-        make=_resnet(BasicBlock, functools.partial(BatchChannelNorm, num_groups=2)),
+        make=_network(CifarResNet, depth=8, width=4),
         shape=(2, 8, 8, 3),
-        params=_RESNET_PARAMS,
+        params=_NETWORK_PARAMS,
         stats=_STATS,
         call={"train": True},
     ),
-    "cifar_resnet_preact": Entry(
+    "cifar_resnet_preact_dropout": Entry(
         name="CifarResNet",
-        make=_resnet(PreActBlock, functools.partial(nn.GroupNorm, num_groups=2)),
+        make=_network(
+            CifarResNet,
+            depth=8,
+            width=4,
+            features=8,
+            dropout_rate=0.25,
+            block=functools.partial(PreActBlock, activated_shortcut=True),
+            norm=_GroupNorm,
+        ),
+        shape=(2, 8, 8, 3),
+        params=frozenset({"kernel", "bias", "scale"}),
+        call={"train": True},
+    ),
+    "resnet": Entry(
+        name="ResNet",
+        make=_network(
+            ResNet,
+            stage_sizes=(1, 1),
+            features=8,
+            stem_features=4,
+            block=functools.partial(Bottleneck, groups=2),
+        ),
+        shape=(2, 16, 16, 3),
+        params=_NETWORK_PARAMS,
+        stats=_STATS,
+        call={"train": True},
+    ),
+    "vgg": Entry(
+        name="VGG",
+        make=_network(VGG, stage_sizes=(1, 2), stage_features=(4, 8)),
+        shape=(2, 8, 8, 3),
+        params=_NETWORK_PARAMS,
+        stats=_STATS,
+        call={"train": True},
+    ),
+    "densenet": Entry(
+        name="DenseNet",
+        make=_network(DenseNet, depth=10, growth=8, norm=_GroupNorm),
         shape=(2, 8, 8, 3),
         params=frozenset({"kernel", "bias", "scale"}),
         call={"train": True},

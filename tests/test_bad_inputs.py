@@ -16,7 +16,7 @@ from wsbcn_flax import (
     batch_channel_norm,
     standardize,
 )
-from wsbcn_flax.models import CifarResNet
+from wsbcn_flax.models import VGG, Bottleneck, CifarResNet, DenseNet, ResNet18, ResNet50, summarize
 from wsbcn_flax.ops import RunningStats, StandardizationRule, channel_moments, channel_norm
 from wsbcn_flax.training import MicroBatches, Partition, split_batch
 
@@ -161,11 +161,35 @@ CASES = {
     # Models.
     "depth": Case(lambda: CifarResNet(depth=18), r"6n \+ 2.*received 18"),
     "depth of no blocks": Case(lambda: CifarResNet(depth=2), r"6n \+ 2.*received 2"),
+    "depth with bottlenecks": Case(
+        lambda: CifarResNet(depth=14, width=64, block=Bottleneck), r"9n \+ 2 \(11, 20, 29.* 14"
+    ),
+    "depth of a DenseNet": Case(
+        lambda: DenseNet(depth=99, growth=12), r"6n \+ 4 .*100.*received 99"
+    ),
+    "growth": Case(lambda: DenseNet(depth=100, growth=0), r"at least 1, received 0"),
+    "dropout rate": Case(lambda: resnet(dropout_rate=1.0), r"\[0, 1\), received 1.0"),
+    "features of a bottleneck": Case(
+        lambda: ResNet50(features=30), r"whole number.*features=30, base_width=64.*divisible by 4"
+    ),
+    "stage without blocks": Case(
+        lambda: ResNet18(stage_sizes=(2, 0)), r"at least one block.*\(2, 0\)"
+    ),
+    "stages without channels": Case(
+        lambda: VGG(stage_sizes=(1, 1, 1), stage_features=(8, 8)), r"\(1, 1, 1\).*\(8, 8\)"
+    ),
+    "images too small": Case(
+        lambda: VGG(stage_sizes=(1,) * 5).init(KEY, IMAGES, train=False),
+        r"5 times.*at least 32x32.*\(2, 8, 8, 3\)",
+    ),
     "integer images to a model": Case(
         lambda: resnet(images=IMAGES.astype(jnp.uint8)), r"uint8.*/ 255", TypeError
     ),
     "one image": Case(lambda: resnet(images=IMAGES[0]), r"\(8, 8, 3\).*images\[None\]"),
     "no images": Case(lambda: resnet(images=IMAGES[:0]), r"non-empty.*\(0, 8, 8, 3\)"),
+    "image shape to summarize": Case(
+        lambda: summarize(CifarResNet(depth=8), (1, 32, 32, 3)), r"\(H, W, C\).*\(1, 32, 32, 3\)"
+    ),
     # Training.
     "no micro-batches": Case(lambda: MicroBatches(count=0), r"at least 1.*received 0"),
     "loop": Case(lambda: MicroBatches(loop="while"), r"'scan'.*'while'"),

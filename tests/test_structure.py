@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -17,12 +18,13 @@ ROOT = pathlib.Path(wsbcn_flax.__file__).parents[1]
 MAY_IMPORT = {
     "wsbcn_flax.ops": set(),
     "wsbcn_flax.layers": {"ops"},
-    "wsbcn_flax.transforms": {"ops"},
     "wsbcn_flax.models": {"ops", "layers"},
+    "wsbcn_flax.transforms": {"ops", "layers", "models"},
     "wsbcn_flax.data": {"ops"},
     "wsbcn_flax.training": {"ops", "layers", "transforms", "models"},
 }
 PACKAGES = ["wsbcn_flax", *MAY_IMPORT]
+BY_NAME = ["models", "data", "training"]  # What `import wsbcn_flax` leaves alone.
 
 
 def imported(path):
@@ -34,6 +36,12 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = module.rsplit(".", node.level)[0] + "." if node.level else ""
             yield from (f"{base}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def ruff_order(name):
+    """Constants, then classes, then functions, each by name with its numbers as numbers."""
+    parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return not name.isupper(), not name[0].isupper(), parts
 
 
 def files(package):
@@ -83,14 +91,25 @@ def test_all_is_what_the_package_imports(package):
         for alias in node.names
     }
     assert set(module.__all__) == {name for name in names if not name.startswith("_")}
-    # Constants, then classes, then functions, each in order.
-    kind = lambda name: (not name.isupper(), not name[0].isupper(), name)  # noqa: E731
-    assert module.__all__ == sorted(module.__all__, key=kind)
+    assert module.__all__ == sorted(module.__all__, key=ruff_order)
     assert module.__doc__
     for name in module.__all__:
         exported = getattr(module, name)
         if not name.isupper() and isinstance(exported, type):
             assert exported.__doc__, name
+
+
+def modules(statement):
+    """What a fresh interpreter has imported after the statement."""
+    code = f"import sys, json; {statement}; print(json.dumps(list(sys.modules)))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(json.loads(out.stdout.splitlines()[-1]))
+
+
+def test_networks_and_loops_are_imported_by_name():
+    assert not modules("import wsbcn_flax") & {f"wsbcn_flax.{name}" for name in BY_NAME}
 
 
 def test_importing_is_cheap():
@@ -110,11 +129,7 @@ def test_importing_is_cheap():
     }
 
     def loaded(statement):
-        code = f"import sys, json; {statement}; print(json.dumps(list(sys.modules)))"
-        out = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        return {name.split(".")[0] for name in json.loads(out.stdout.splitlines()[-1])} & heavy
+        return {name.split(".")[0] for name in modules(statement)} & heavy
 
     library = "import wsbcn_flax, wsbcn_flax.models, wsbcn_flax.data"
     assert loaded(library) <= loaded("import flax.linen")

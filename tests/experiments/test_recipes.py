@@ -1,11 +1,13 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments._config import DataConfig, recipe_from_dict
 from experiments._models import make_model, make_transform
-from experiments._recipes import DataConfig, get_recipe, recipe_names
+from experiments._recipes import get_recipe, recipe_names
 from experiments._run import Run
 from wsbcn_flax.data import dataset_names
 
@@ -15,11 +17,29 @@ def test_names_are_unique_and_resolve():
     assert len(set(names)) == len(names)
     for name in names:
         recipe = get_recipe(name)
-        data, _, norm, weight = (*name.split("_"), "none")[:4]
-        assert (recipe.norm.kind, recipe.weight.kind) == (norm, weight)
-        assert recipe.data.name in dataset_names()
-        assert recipe.data.name.startswith(data)
+        weight = recipe.weight.kind
+        parts = (recipe.model.name, recipe.norm.kind, *(() if weight == "none" else (weight,)))
+        assert name.endswith("_" + "_".join(parts))
+        assert recipe.data.name in (*dataset_names(), "imagenet")
+        assert recipe.data.name.startswith(name.split("_")[0])
         hash(recipe)
+
+
+@pytest.mark.parametrize("name", ["digits_resnet8_bn", "imagenet_resnext101_32x4d_bcn_ws"])
+def test_a_recipe_comes_back_from_json(name):
+    recipe = get_recipe(name)
+    values = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert recipe_from_dict(values) == recipe
+
+
+@pytest.mark.parametrize(
+    "change", [lambda v: v.pop("data"), lambda v: v["norm"].update(power=2), lambda v: v.clear()]
+)
+def test_values_of_another_version_are_refused(change):
+    values = dataclasses.asdict(get_recipe("digits_resnet8_bn"))
+    change(values)
+    with pytest.raises(ValueError, match="another version"):
+        recipe_from_dict(values)
 
 
 @pytest.mark.parametrize("name", ["digits_resnet8_bcnws", "digits_resnet8", "", "imagenet"])
@@ -70,3 +90,17 @@ def test_refuses_a_batch_that_does_not_divide(batch, message, tmp_path):
 def test_refuses_no_epochs():
     with pytest.raises(ValueError, match="epochs must be positive"):
         dataclasses.replace(get_recipe("digits_resnet8_bn"), epochs=0)
+
+
+def test_refuses_options_of_other_networks():
+    recipe = get_recipe("cifar10_vgg16_bn")
+    model = dataclasses.replace(recipe.model, width=8)
+    with pytest.raises(ValueError, match="for CIFAR residual networks, received width for vgg16"):
+        make_model(dataclasses.replace(recipe, model=model), num_classes=10)
+
+
+def test_refuses_an_unknown_network():
+    recipe = get_recipe("cifar10_vgg16_bn")
+    model = dataclasses.replace(recipe.model, name="resnet9")
+    with pytest.raises(ValueError, match=r"one of resnet8, .* received 'resnet9'"):
+        make_model(dataclasses.replace(recipe, model=model), num_classes=10)

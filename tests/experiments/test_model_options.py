@@ -1,0 +1,125 @@
+"""Options of a recipe's model: rematerialization and dtypes, down to the lowered step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments._config import BatchConfig
+from experiments._models import make_loss_scale, make_model
+from experiments._recipes import get_recipe
+from experiments._run import make_partition, make_state, make_steps
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+IMAGE_SHAPE = (8, 8, 1)
+BATCH = {
+    "image": np.random.default_rng(0).normal(size=(16, *IMAGE_SHAPE)).astype(np.float32),
+    "label": np.arange(16, dtype=np.int32) % 10,
+}
+
+
+def make_recipe(*, norm="bcn_ws", batch=None, **model):
+    recipe = get_recipe(f"digits_resnet8_{norm}")
+    model = dataclasses.replace(recipe.model, **{"width": 8, **model})
+    return dataclasses.replace(recipe, model=model, batch=BatchConfig(size=16, **(batch or {})))
+
+
+def make_parts(recipe, devices):
+    """The partition, the uncompiled step, and what makes the initial state."""
+    partition = make_partition(recipe.batch, devices)
+    steps = make_steps(recipe, partition, num_classes=10, steps_per_epoch=10)
+    init = functools.partial(
+        make_state,
+        steps.task,
+        steps.optimizer,
+        0,
+        transform=steps.transform,
+        image_shape=IMAGE_SHAPE,
+        loss_scale=make_loss_scale(recipe.model),
+    )
+    return partition, steps.train, init
+
+
+def one_step(recipe):
+    partition, step, init = make_parts(recipe, jax.devices()[:1])
+    return jax.device_get(partition.compile(step)(partition.place_state(jax.jit(init)()), BATCH))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return one_step(make_recipe())
+
+
+def test_rematerialization_takes_the_same_step(plain):
+    remat = one_step(make_recipe(remat=True))
+    assert jax.tree.structure(plain) == jax.tree.structure(remat)
+    for one, other in zip(*map(jax.tree.leaves, (plain, remat)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnext29_8x64d", "wrn28_10"])
+def test_every_kind_of_block_is_rematerialized(name):
+    def kept(remat):
+        """Elements that the forward pass keeps for the backward pass, besides the parameters."""
+        model = make_model(make_recipe(name=name, width=None, remat=remat), num_classes=10)
+        images = jnp.zeros((2, 32, 32, 3))
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+        def pull_back(params, batch_stats):
+            def forward(params):
+                variables = {"params": params, "batch_stats": batch_stats}
+                rngs = {"dropout": jax.random.key(0)}
+                return model.apply(
+                    variables, images, train=True, mutable=["batch_stats"], rngs=rngs
+                )
+
+            return jax.vjp(forward, params)[1]
+
+        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+        return count(jax.eval_shape(pull_back, **variables)) - count(variables["params"])
+
+    assert kept(remat=True) < 0.5 * kept(remat=False)
+
+
+def test_a_network_without_blocks_is_not_rematerialized():
+    recipe = make_recipe(name="vgg16", width=None, remat=True)
+    with pytest.raises(ValueError, match="residual blocks, received vgg16"):
+        make_model(recipe, num_classes=10)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_computation_keeps_wide_parameters_and_statistics(dtype, plain):
+    _, wide = plain
+    state, metrics = one_step(make_recipe(dtype=dtype))
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
+    assert {leaf.dtype for leaf in leaves} <= {np.dtype("float32"), np.dtype("int32")}
+    assert float(metrics["loss"]) == pytest.approx(float(wide["loss"]), rel=2e-2)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(wide["grad_norm"]), rel=0.1)
+    assert ("loss_scale" in metrics) == (dtype == "float16")
+
+
+@pytest.mark.parametrize(
+    ("mode", "model", "batch"),
+    [
+        ("jit", {}, {}),
+        ("jit", {"dtype": "float16"}, {"shard_optimizer": True, "micro": 4, "loop": "scan"}),
+        ("shard_map", {"dtype": "float16"}, {"micro": 1, "loop": "scan"}),
+        ("shard_map", {"dtype": "bfloat16", "remat": True}, {}),
+    ],
+    ids=str,
+)
+def test_the_step_lowers_for_gpus(mode, model, batch):
+    recipe = make_recipe(batch={"mode": mode, **batch}, **model)
+    partition, step, init = make_parts(recipe, jax.devices())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
+    export = jax.export.export(partition.compile(step), platforms=["cuda"])
+    exported = export(jax.eval_shape(init), shapes)
+    assert exported.platforms == ("cuda",)
+    assert exported.nr_devices == 8
+    # A program for one host holds its collectives under shard_map; XLA adds jit's.
+    assert ("all_reduce" in exported.mlir_module()) == (mode == "shard_map")
