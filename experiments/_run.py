@@ -102,7 +102,8 @@ class Run:
         devices, images = self.partition.mesh.size, len(self.dataset.eval_split)
         batch_size = devices * min(256, math.ceil(images / devices))
         batches = self.dataset.eval_batches(batch_size=batch_size)
-        return evaluate(self.eval_step, state, map(self.partition.place_batch, batches))
+        batches = map(self.partition.place_batch, batches)
+        return evaluate(self.eval_step, state, batches, transform=self.transform)
 
     def fit(
         self,
@@ -203,7 +204,7 @@ def make_steps(
         axis_name=partition.axis_name,
         seed=recipe.seed,
     )
-    evaluate = make_eval_step(task, transform=transform, axis_name=partition.axis_name)
+    evaluate = make_eval_step(task, axis_name=partition.axis_name)
     return Steps(task, transform, optimizer, train, evaluate)
 
 

@@ -62,8 +62,7 @@ def evaluate_model(packaged: Packaged, options: EvaluateOptions) -> dict[str, fl
             f"{dataset.eval_split.num_classes}."
         )
     partition = Partition(mode="jit")
-    step = make_eval_step(packaged.task, transform=make_transform(packaged.recipe.weight))
-    compiled = partition.compile(step, donate_state=False)
+    step = partition.compile(make_eval_step(packaged.task), donate_state=False)
     size = options.batch_size * partition.mesh.size
     state = partition.place_state(packaged.state)
     total = -(-len(dataset.eval_split) // size)
@@ -74,7 +73,8 @@ def evaluate_model(packaged: Packaged, options: EvaluateOptions) -> dict[str, fl
             progress.update(number, {})
 
     with Progress("evaluate", total=total) as progress:
-        return evaluate(compiled, state, batches(progress))
+        transform = make_transform(packaged.recipe.weight)
+        return evaluate(step, state, batches(progress), transform=transform)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ STEPS = 22
 RECIPE = ["digits_resnet8_bcn_ws", "--epochs", "0.25", "--batch.size", "16", "--model.width", "8"]
 OPTIONS = ["--log-every", "1", "--checkpoint-every", "5", "--no-progress"]
 ARGUMENTS = [*RECIPE, "--optim.warmup-epochs", "0", *OPTIONS]
-# What the library of the CPU's collectives prints of each connection. Its threads write in turns, so
-# a line may stand within another.
+# What the library of the CPU's collectives prints of each connection. Its threads write in turns,
+# so a line may stand within another.
 GLOO_REPORT = (
-    r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : "
+    r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : "
 )
 HEARTBEAT_TIMEOUT = 6  # Seconds; far less than the patience of `Pair.ends`.
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from wsbcn_flax import BatchChannelNorm
+from wsbcn_flax import BatchChannelNorm, WeightStandardization
 from wsbcn_flax.models import CifarResNet
 from wsbcn_flax.training import (
     Classification,
@@ -69,6 +69,18 @@ def test_evaluation_on_eight_devices(mode):
     )
     spread = evaluate(step, partition.place_state(state), [partition.place_batch(batch)])
     chex.assert_trees_all_close(spread, alone, rtol=1e-5)
+
+
+def test_evaluation_standardizes_the_kernels_before_the_first_batch():
+    task = Classification(model=MODEL)
+    batch = make_batch(4)
+    state = TrainState.create(jax.jit(task.init)(jax.random.key(0), batch), optax.sgd(0.1))
+    ws = WeightStandardization()
+    step = jax.jit(make_eval_step(task))
+    folded = state.replace(params=ws(state.params))
+    expected = evaluate(step, folded, [batch])
+    assert expected != evaluate(step, state, [batch])
+    chex.assert_trees_all_close(evaluate(step, state, [batch], transform=ws), expected, rtol=1e-5)
 
 
 def test_evaluation_needs_a_sample():
