@@ -13,14 +13,14 @@ def data_dir(tmp_path, monkeypatch):
 
 def test_writes_table_json_and_figure(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["--data", "digits", "--norms", "bn", "bcn_ws", "--micro-batches", "1", "64"]
+    arguments = ["--data", "digits", "--norms", "bn", "bcn_ws", "--micro-batches", "8", "64"]
     arguments += ["--seeds", "0", "--epochs", "1.2", "--out", str(out)]
     assert compare.main(arguments) == 0
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [(run["norm"], run["micro_batch"]) for run in runs] == [
-        ("bn", 1),
+        ("bn", 8),
         ("bn", 64),
-        ("bcn_ws", 1),
+        ("bcn_ws", 8),
         ("bcn_ws", 64),
     ]
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -95,3 +95,15 @@ def test_masks_broadcast(shape):
     full = jnp.broadcast_to(mask, (3, 6, 7, 1))
     error = tree_relative_error(channel_moments(x, mask=mask), channel_moments(x, mask=full))
     assert error == 0
+
+
+@pytest.mark.parametrize("ratio", [0.0, 10.0, 100.0])
+def test_a_distant_shift_costs_less_than_rounding_to_bfloat16(ratio):
+    """Float32's cancellation stays below the variance that rounding added to the data."""
+    x = (ratio + normal(0, 2, 32, 32, 8)).astype(jnp.bfloat16)
+    moments = channel_moments(x, shift=jnp.zeros(8))
+    exact = np.asarray(x, np.float64)
+    assert moments.shift.shape == (1, 8)
+    np.testing.assert_allclose(moments.mean, exact.mean((1, 2)), rtol=1e-5, atol=1e-6)
+    rounding = (2.0**-9 * max(ratio, 1)) ** 2 / 3
+    np.testing.assert_allclose(moments.var, exact.var((1, 2)), rtol=1e-6, atol=rounding)

@@ -13,7 +13,7 @@ class ChannelMoments(NamedTuple):
     """Moments of an activation [B, ..., C] over its positions, per sample and channel.
 
     Attributes:
-        shift: [B, C], a value of each channel, constant under differentiation.
+        shift: [B, C] or [1, C], a value of each channel, constant under differentiation.
         mean: [B, C], the mean of x - shift.
         var: [B, C], the biased variance of x, not negative.
         weight: [B, 1], the number of unmasked positions; None without a mask.
@@ -25,18 +25,24 @@ class ChannelMoments(NamedTuple):
     weight: jax.Array | None = None
 
 
-def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMoments:
+def channel_moments(
+    x: jax.Array, *, shift: jax.Array | None = None, mask: jax.Array | None = None
+) -> ChannelMoments:
     """Mean and variance of every channel of every sample, from one pass over the activation.
 
-    With c the channel's value at the sample's first position that counts (zero without any),
+    With c the shift or, without one, the channel's value at the sample's first position that counts
+    (zero without any),
 
         mean = E[x - c],    var = max(0, E[(x - c)^2] - mean^2),
 
     in float32 or wider. A value of the data itself keeps the subtraction from cancelling however
     far the mean is from zero: (c - E[x])^2 is at most the number of positions times the variance.
+    A shift that is known beforehand lets XLA take the moments while it computes x; the variance's
+    relative error then grows as (c - E[x])^2 over the variance.
 
     Args:
         x: [B, ..., C], floating-point.
+        shift: [C], near the channels' means.
         mask: broadcasts to x with a channel axis of 1; true or 1 where a position counts.
 
     Raises:
@@ -53,15 +59,19 @@ def channel_moments(x: jax.Array, *, mask: jax.Array | None = None) -> ChannelMo
     check_activation(x, caller="channel_moments")
     axes = tuple(range(1, x.ndim - 1))
     x = x.astype(statistics_dtype(x.dtype))
+    if shift is not None:
+        shift = lax.stop_gradient(shift.astype(x.dtype))[None]
     if mask is None:
-        shift = lax.stop_gradient(x[(slice(None), *(0,) * len(axes))])
+        if shift is None:
+            shift = lax.stop_gradient(x[(slice(None), *(0,) * len(axes))])
         centred = x - jnp.expand_dims(shift, axes)
         mean, square = jnp.mean(centred, axes), jnp.mean(lax.square(centred), axes)
         return ChannelMoments(shift, mean, _variance(mean, square))
 
     check_mask(mask, x, caller="channel_moments")
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(x.dtype)
-    shift = lax.stop_gradient(_first_valid(x, mask))
+    if shift is None:
+        shift = lax.stop_gradient(_first_valid(x, mask))
     # Select before multiplying: padding may hold anything, NaN included.
     centred = jnp.where(mask > 0, x - jnp.expand_dims(shift, axes), 0)
     weight = jnp.sum(mask, axes)
