@@ -2,6 +2,7 @@
 
     python -m experiments.bench layers --json runs/layers.json --against torch
     python -m experiments.bench ws --json runs/ws.json
+    python -m experiments.bench step --json runs/step.json --against torch
 
 They take times, in one to some minutes on two CPU cores. Every form runs once per round,
 in an order that changes, and a ratio is the median over rounds of two times of the same round. A
@@ -18,12 +19,14 @@ import tyro
 from rich.console import Console
 
 from experiments._bench.layers import Layers, run_layers
+from experiments._bench.step import Step, run_step
 from experiments._bench.weights import WeightStandardization, run_weight_standardization
 from experiments._command import run_command
 
 _RUN: dict[type, Callable[[Any, Console], object]] = {
     Layers: run_layers,
     WeightStandardization: run_weight_standardization,
+    Step: run_step,
 }
 
 
@@ -34,6 +37,7 @@ def main(argv: list[str]) -> int:
         config = tyro.cli(
             Annotated[Layers, tyro.conf.subcommand("layers")]
             | Annotated[WeightStandardization, tyro.conf.subcommand("ws")]
+            | Annotated[Step, tyro.conf.subcommand("step")]
             | Annotated[AheadOfTime, tyro.conf.subcommand("aot")],
             args=argv,
             prog="bench",
