@@ -3,12 +3,17 @@
     python -m experiments.bench layers --json runs/layers.json --against torch
     python -m experiments.bench ws --json runs/ws.json
     python -m experiments.bench step --json runs/step.json --against torch
+    python -m experiments.bench memory --json runs/memory.json
+    python -m experiments.bench aot --json runs/aot.json
 
-They take times, in one to some minutes on two CPU cores. Every form runs once per round,
+The first four take times, in one to some minutes on two CPU cores. Every form runs once per round,
 in an order that changes, and a ratio is the median over rounds of two times of the same round. A
 form's spread is the interquartile range of its times over their median: measure on a quiet machine,
 and trust no difference that is small beside it. PyTorch's threads wait for each other by spinning,
 so that of all forms they suffer most from whatever else is running.
+
+The last two ask the compiler, and give the same on a busy machine: ``memory`` for this CPU, in some
+minutes, and ``aot`` for a TPU that need not be here, in about 90 s for each step.
 """
 
 import sys
@@ -19,7 +24,9 @@ import tyro
 from rich.console import Console
 
 from experiments._bench.layers import Layers, run_layers
+from experiments._bench.memory import Memory, run_memory
 from experiments._bench.step import Step, run_step
+from experiments._bench.tpu import AheadOfTime, run_ahead_of_time
 from experiments._bench.weights import WeightStandardization, run_weight_standardization
 from experiments._command import run_command
 
@@ -27,6 +34,8 @@ _RUN: dict[type, Callable[[Any, Console], object]] = {
     Layers: run_layers,
     WeightStandardization: run_weight_standardization,
     Step: run_step,
+    Memory: run_memory,
+    AheadOfTime: run_ahead_of_time,
 }
 
 
@@ -38,6 +47,7 @@ def main(argv: list[str]) -> int:
             Annotated[Layers, tyro.conf.subcommand("layers")]
             | Annotated[WeightStandardization, tyro.conf.subcommand("ws")]
             | Annotated[Step, tyro.conf.subcommand("step")]
+            | Annotated[Memory, tyro.conf.subcommand("memory")]
             | Annotated[AheadOfTime, tyro.conf.subcommand("aot")],
             args=argv,
             prog="bench",
