@@ -3,6 +3,7 @@
     python -m experiments.bench layers --json runs/layers.json --against torch
     python -m experiments.bench ws --json runs/ws.json
     python -m experiments.bench step --json runs/step.json --against torch
+    python -m experiments.bench data --json runs/data.json
     python -m experiments.bench memory --json runs/memory.json
     python -m experiments.bench aot --json runs/aot.json
 
@@ -23,6 +24,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from experiments._bench.data import Data, run_data
 from experiments._bench.layers import Layers, run_layers
 from experiments._bench.memory import Memory, run_memory
 from experiments._bench.step import Step, run_step
@@ -35,6 +37,7 @@ _RUN: dict[type, Callable[[Any, Console], object]] = {
     WeightStandardization: run_weight_standardization,
     Step: run_step,
     Memory: run_memory,
+    Data: run_data,
     AheadOfTime: run_ahead_of_time,
 }
 
@@ -48,6 +51,7 @@ def main(argv: list[str]) -> int:
             | Annotated[WeightStandardization, tyro.conf.subcommand("ws")]
             | Annotated[Step, tyro.conf.subcommand("step")]
             | Annotated[Memory, tyro.conf.subcommand("memory")]
+            | Annotated[Data, tyro.conf.subcommand("data")]
             | Annotated[AheadOfTime, tyro.conf.subcommand("aot")],
             args=argv,
             prog="bench",
