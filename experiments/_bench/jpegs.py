@@ -1,4 +1,4 @@
-"""JPEG files in ImageNet's layout, as large as ImageNet's, of random content."""
+"""JPEG files in ImageNet's layout, about as large as ImageNet's (90 kB), of random content."""
 
 import io
 from collections.abc import Callable
