@@ -6,8 +6,8 @@ import importlib.metadata
 import os
 import re
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from experiments._config import Recipe
 from experiments._data_specs import DATA_SPECS
 from experiments._models import make_loss_scale
 from experiments._run import make_partition, make_state, make_steps
+from wsbcn_flax.training import Progress, device_bytes
+
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 _COLLECTIVES = (
     "all-reduce",
@@ -39,7 +42,9 @@ class Compiled(NamedTuple):
         bytes_accessed: by all operations of one step.
         argument_bytes: of the state and the batch.
         temp_bytes: of everything computed on the way.
-        peak_bytes: the most in use at once, arguments included.
+        peak_bytes: the most in use at once, arguments included; the compiler for CPU leaves the
+            temporaries out of it.
+        total_bytes: of arguments, outputs that take no argument's place, temporaries and program.
         all_reduces: in the program.
         collectives: all kinds, by name.
         compile_seconds: on this machine.
@@ -50,6 +55,7 @@ class Compiled(NamedTuple):
     argument_bytes: int
     temp_bytes: int
     peak_bytes: int
+    total_bytes: int
     all_reduces: int
     collectives: dict[str, int]
     compile_seconds: float
@@ -118,10 +124,33 @@ def compile_step(recipe: Recipe, devices: Sequence[Any]) -> Compiled:
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
+        total_bytes=device_bytes(compiled),
         all_reduces=collectives.get("all-reduce", 0),
         collectives=collectives,
         compile_seconds=round(seconds, 1),
     )
+
+
+def compile_steps(
+    recipes: Mapping[KeyT, Recipe],
+    devices: Sequence[Any],
+    *,
+    on_result: Callable[[Mapping[KeyT, Compiled]], object] = lambda results: None,
+) -> dict[KeyT, Compiled]:
+    """Compiles the training steps of several recipes, which takes minutes each for a large network.
+
+    Args:
+        recipes: by what to call them.
+        devices: to compile for.
+        on_result: is called with all results so far, after each.
+    """
+    results: dict[KeyT, Compiled] = {}
+    with Progress("compile", total=len(recipes)) as progress:
+        for key, recipe in recipes.items():
+            results[key] = compile_step(recipe, devices)
+            progress.update(len(results), {f"{key} seconds": results[key].compile_seconds})
+            on_result(results)
+    return results
 
 
 def count_collectives(hlo: str) -> dict[str, int]:

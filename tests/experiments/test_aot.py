@@ -62,7 +62,7 @@ def test_compiles_a_step_with_one_all_reduce(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--topology", "v5e:3x99"], "must be one that libtpu knows"),
-        (["--against", "batchnorm"], "--against takes bn, gn"),
+        (["--against", "batchnorm"], "A normalization is one of bn, gn"),
         (["--micro", "2"], "whole number of micro-batches"),
     ],
 )
