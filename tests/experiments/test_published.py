@@ -58,6 +58,13 @@ def on_one_device(recipe, image_shape):
     return steps, initialize
 
 
+def some_values(shape):
+    """An array of a state: positive, as variances are, and about as large as kernels are."""
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        return 0.1 * jnp.abs(normal(1, *shape.shape, dtype=shape.dtype))
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
 def test_every_published_row_has_a_recipe_and_one_with_bcn_and_ws():
     with_bcn = [re.sub("_(gn_ws|bn)$", "_bcn_ws", name) for name in ROWS]
     assert set(PUBLISHED) == {*ROWS, *with_bcn}
@@ -97,7 +104,8 @@ def test_takes_a_real_step(name):
     batch = dataclasses.replace(recipe.batch, size=2)
     image_shape = (32, 32, 3)
     steps, initialize = on_one_device(dataclasses.replace(recipe, batch=batch), image_shape)
-    state = jax.jit(initialize)()
+    # Any values do, and compiling the initialization would take as long as the step.
+    state = jax.tree.map(some_values, jax.eval_shape(initialize))
     images = {"image": normal(0, 2, *image_shape), "label": jnp.array([0, 1])}
     new, metrics = jax.jit(steps.train)(state, images)
     chex.assert_tree_all_finite((new, metrics))
