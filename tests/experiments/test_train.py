@@ -6,17 +6,9 @@ from experiments import train
 from experiments.crash import CrashOptions, crash
 from wsbcn_flax.training import read_jsonl
 
+pytestmark = pytest.mark.usefixtures("data_dir")
+
 RECIPE = ["digits_resnet8_bcn_ws", "--epochs", "3", "--optim.learning-rate", "0.3"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def data_dir(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
-        # Every start of the same program compiles it once.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from experiments._config import recipe_from_dict
 from experiments._run import Run
 from wsbcn_flax.training import PREEMPTED_STATUS, Checkpointer, read_jsonl
 
+pytestmark = pytest.mark.usefixtures("data_dir")
+
 STEPS = 22
 RECIPE = ["digits_resnet8_bcn_ws", "--epochs", "0.25", "--batch.size", "16", "--model.width", "8"]
 OPTIONS = ["--log-every", "1", "--checkpoint-every", "5", "--no-progress"]
@@ -31,16 +33,6 @@ GLOO_REPORT = (
     r"|Expected number of connected peer ranks is : "
 )
 HEARTBEAT_TIMEOUT = 6  # Seconds; far less than the patience of `Pair.ends`.
-
-
-@pytest.fixture(autouse=True, scope="module")
-def data_dir(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
-        # Every start of the same program compiles it once.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

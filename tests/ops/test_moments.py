@@ -107,3 +107,8 @@ def test_a_distant_shift_costs_less_than_rounding_to_bfloat16(ratio):
     np.testing.assert_allclose(moments.mean, exact.mean((1, 2)), rtol=1e-5, atol=1e-6)
     rounding = (2.0**-9 * max(ratio, 1)) ** 2 / 3
     np.testing.assert_allclose(moments.var, exact.var((1, 2)), rtol=1e-6, atol=rounding)
+
+
+def test_a_shift_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="shift"):
+        channel_moments(jnp.ones((2, 4, 3)), shift=jnp.zeros(4))

@@ -205,3 +205,9 @@ def test_a_rule_that_matches_nothing_lists_what_there_is():
         WeightStandardization(where="decoder/*")(PARAMS)
     with pytest.raises(ValueError, match=r"\['decodr/\*'\] matched none of .*encoder/conv1/kernel"):
         WeightStandardization(where=["encoder/*", "decodr/*"]).paths(PARAMS)
+
+
+def test_patterns_in_a_list_can_be_compiled():
+    ws = WeightStandardization(where=["conv*"])
+    params = {"conv": {"kernel": normal(0, 3, 3, 2, 4)}}
+    assert tree_relative_error(jax.jit(ws)(params), ws(params)) < 1e-5

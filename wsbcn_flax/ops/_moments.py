@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._checks import check_activation, check_mask, statistics_dtype
+from wsbcn_flax.ops._checks import check_activation, check_channels, check_mask, statistics_dtype
 
 
 class ChannelMoments(NamedTuple):
@@ -47,7 +47,7 @@ def channel_moments(
 
     Raises:
         TypeError: if x is not floating-point.
-        ValueError: for rank 1, an empty axis, or a mask that does not fit.
+        ValueError: for rank 1, an empty axis, or a shift or mask that does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,6 +60,7 @@ def channel_moments(
     axes = tuple(range(1, x.ndim - 1))
     x = x.astype(statistics_dtype(x.dtype))
     if shift is not None:
+        check_channels(x.shape[-1], caller="channel_moments", shift=shift)
         shift = lax.stop_gradient(shift.astype(x.dtype))[None]
     if mask is None:
         if shift is None:

@@ -60,6 +60,9 @@ class WeightStandardization:
 
     def __post_init__(self):
         resolve_rule(self.preset)
+        if isinstance(self.where, list):
+            # Hashable, as what jax.jit compiles must be.
+            object.__setattr__(self, "where", tuple(self.where))
 
     def __call__(self, params: Params) -> dict[str, Any]:
         """The parameters, with the kernels the rule takes standardized."""
