@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._channel_norm import SampleAffine, apply_affine, normalize_groups
+from wsbcn_flax.ops._channel_norm import normalize_groups
 from wsbcn_flax.ops._checks import check_activation, check_channels, check_groups
 from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
 
@@ -143,17 +143,19 @@ def batch_channel_norm(
     if batch_bias is not None:
         check_channels(x.shape[-1], caller="batch_channel_norm", batch_bias=batch_bias)
         offset = offset + batch_bias.astype(computed)[None]
-    affine = normalize_groups(
-        SampleAffine(moments.shift, slope, offset),
-        moments.mean,
-        moments.var,
+    y = normalize_groups(
+        x,
+        moments,
+        slope,
+        offset,
         channel_scale,
         channel_bias,
         num_groups=num_groups,
         epsilon=epsilon,
+        mask=mask,
+        dtype=x.dtype if dtype is None else dtype,
     )
-    y = apply_affine(x, affine, mask=mask)
-    return y.astype(x.dtype if dtype is None else dtype), new
+    return y, new
 
 
 def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:

@@ -1,21 +1,13 @@
-"""Channel normalization, and the form every normalization here is applied in."""
+"""Channel normalization after a map of every channel: the form all normalizations here take."""
 
-from typing import NamedTuple
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from wsbcn_flax.ops._checks import check_groups
-from wsbcn_flax.ops._moments import channel_moments
-
-
-class SampleAffine(NamedTuple):
-    """The map x -> slope (x - shift) + offset, each of shape [B, C]."""
-
-    shift: jax.Array
-    slope: jax.Array
-    offset: jax.Array
+from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
 
 
 def channel_norm(
@@ -63,69 +55,159 @@ def channel_norm(
     """
     moments = channel_moments(x, mask=mask)
     check_groups(x.shape[-1], num_groups, caller="channel_norm")
-    ones = jnp.ones((), moments.mean.dtype)
-    affine = normalize_groups(
-        SampleAffine(moments.shift, ones, moments.shift),
-        moments.mean,
-        moments.var,
+    return normalize_groups(
+        x,
+        moments,
+        jnp.ones((1, x.shape[-1]), moments.mean.dtype),
+        moments.shift,
         scale,
         bias,
         num_groups=num_groups,
         epsilon=epsilon,
+        mask=mask,
+        dtype=x.dtype,
     )
-    return apply_affine(x, affine, mask=mask).astype(x.dtype)
 
 
 def normalize_groups(
-    affine: SampleAffine,
-    mean: jax.Array,
-    var: jax.Array,
+    x: jax.Array,
+    moments: ChannelMoments,
+    slope: jax.Array,
+    offset: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     *,
     num_groups: int,
     epsilon: float,
-) -> SampleAffine:
-    """Follows y = affine(x) by channel normalization, given the moments [B, C] of x - shift.
+    mask: jax.Array | None,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """Channel normalization of y = slope (x - shift) + offset, whose moments follow from x's.
 
-    The group's variance is the mean of its channels' variances plus the variance of their means
-    (Chan et al.), which stays accurate however far apart the channels are.
+    With the mean and var of x - shift, and d = offset - E[slope mean + offset] over the group,
+
+        std^2 = E[slope^2 var + (slope mean + d)^2] + epsilon
+        out   = (x - shift) slope scale / std + d scale / std + bias
+
+    where E is over the channels of the group: the group's variance is the mean of its channels'
+    variances plus the variance of their means (Chan et al.), which stays accurate however far apart
+    the channels are. All but the last line is arithmetic on arrays [B, C].
+
+    Args:
+        x: [B, ..., C].
+        moments: those of x, with the same mask; constants to the gradient, which knows them.
+        slope: [1 or B, C].
+        offset: [1 or B, C].
+        scale: [C] or [num_groups], or None for one.
+        bias: [C] or [num_groups], or None for zero.
+        num_groups: divides C.
+        epsilon: added to the group's variance.
+        mask: as ``moments`` was given; masked positions count as zero.
+        dtype: of the output.
     """
-    groups = (mean.shape[0], num_groups, mean.shape[-1] // num_groups)
-    channel_mean = (affine.slope * mean + affine.offset).reshape(groups)
-    channel_var = (lax.square(affine.slope) * var).reshape(groups)
-    group_mean = jnp.mean(channel_mean, -1, keepdims=True)
-    spread = lax.square(channel_mean - group_mean)
-    inverse = lax.rsqrt(jnp.mean(channel_var + spread, -1, keepdims=True) + epsilon)
-
-    dtype = mean.dtype
-    per_group = _per_group(scale, 1, groups, dtype, "scale") * inverse
-    slope = jnp.broadcast_to(affine.slope, mean.shape).reshape(groups) * per_group
-    offset = jnp.broadcast_to(affine.offset, mean.shape).reshape(groups) - group_mean
-    offset = offset * per_group + _per_group(bias, 0, groups, dtype, "bias")
-    return SampleAffine(affine.shift, slope.reshape(mean.shape), offset.reshape(mean.shape))
+    features = x.shape[-1]
+    scale = _per_channel(scale, 1, features, num_groups, moments.mean.dtype, "scale")
+    bias = _per_channel(bias, 0, features, num_groups, moments.mean.dtype, "bias")
+    # Broadcast by an addition, after which a shard_map knows them to vary over devices as x does.
+    zeros = jnp.zeros_like(moments.mean)
+    affine = (array + zeros for array in (slope, offset, scale, bias))
+    return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, *affine)
 
 
-def apply_affine(x: jax.Array, affine: SampleAffine, *, mask: jax.Array | None = None) -> jax.Array:
-    """The map on x, computed in the statistics' dtype; masked positions count as zero."""
+# A custom VJP: autodiff of the formula leaves arithmetic on [B, C] arrays inside the loop over x.
+# Every coefficient of x below ends in a division for the same reason: XLA for CPU repeats a cheap
+# operation for each element of x, the index arithmetic of groups included, but no division.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalize(num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias):
+    return _normalize_forward(
+        num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias
+    )[0]
+
+
+def _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias):
+    d = offset - _spread(_group_mean(slope * moments.mean + offset, num_groups), slope.shape)
+    var = jnp.square(slope) * moments.var + jnp.square(slope * moments.mean + d)
+    std = _spread(jnp.sqrt(_group_mean(var, num_groups) + epsilon), slope.shape)
+    distance = _distance(x, moments, mask)
+    y = distance * _at(x, slope * scale / std) + _at(x, (d * scale + bias * std) / std)
+    return y.astype(dtype), (x, mask, moments, slope, d, scale, std)
+
+
+def _normalize_backward(num_groups, epsilon, dtype, residuals, cotangent):
+    """One reduction pass and one elementwise pass, over the cotangent g and over x.
+
+    Two sums over positions, S0 = sum(g) and S1 = sum(g (x - shift)), give the gradients of all
+    parameters; with n positions, T = (slope S1 + d S0) / std, and means over the group's channels
+    m0 = E[scale S0] / n and m1 = E[scale T] / n,
+
+        dscale  = T,  dbias = S0
+        doffset = (scale S0 - n (m0 + m1 (slope mean + d) / std)) / std
+        dslope  = (scale S1 - n (m0 mean + m1 (slope (var + mean^2) + d mean) / std)) / std
+        dx      = slope / std (scale g - m0 - m1 (slope (x - shift) + d) / std)
+    """
+    x, mask, moments, slope, d, scale, std = residuals
     axes = tuple(range(1, x.ndim - 1))
-    shift, slope, offset = (jnp.expand_dims(array, axes) for array in affine)
+    mean, n = moments.mean, math.prod(x.shape[1:-1])
+    if moments.weight is not None:
+        n = jnp.where(moments.weight > 0, moments.weight, 1)
+    g, distance = cotangent.astype(mean.dtype), _distance(x, moments, mask)
+    s0, s1 = jnp.sum(g, axes), jnp.sum(g * distance, axes)
+    t = (slope * s1 + d * s0) / std
+    m0 = _spread(_group_mean(scale * s0, num_groups), mean.shape) / n
+    m1 = _spread(_group_mean(scale * t, num_groups), mean.shape) / n
+
+    d_offset = (scale * s0 - n * (m0 + m1 * (slope * mean + d) / std)) / std
+    square = slope * (moments.var + jnp.square(mean)) + d * mean
+    d_slope = (scale * s1 - n * (m0 * mean + m1 * square / std)) / std
+
+    through_moments = distance * _at(x, (-jnp.square(slope) * m1 / std) / std)
+    through_moments += _at(x, -slope * (m0 + m1 * d / std) / std)
+    dx = g * _at(x, slope * scale / std)
+    dx += through_moments if mask is None else mask * through_moments
     if mask is not None:
-        # Padding may hold NaN, which the gradient of the slope would multiply by zero and keep.
+        dx = jnp.where(mask > 0, dx, 0)
+    return dx.astype(x.dtype), None, None, d_slope, d_offset, t, s0
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _distance(x: jax.Array, moments: ChannelMoments, mask: jax.Array | None) -> jax.Array:
+    """X - shift in the statistics' dtype, with zero for x where it is masked."""
+    if mask is not None:
+        # Padding may hold NaN, which the sums of the gradient would keep.
         x = jnp.where(mask > 0, x, 0)
-    return (x.astype(shift.dtype) - shift) * slope + offset
+    return x.astype(moments.mean.dtype) - _at(x, moments.shift)
 
 
-def _per_group(value, default: float, groups: tuple[int, int, int], dtype, name: str) -> jax.Array:
-    """``value`` as [1, G, C / G] or [1, G, 1], whichever of [C] and [G] its length is."""
-    _, num_groups, group_size = groups
+def _at(x: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, C] values of channels, to be broadcast to the positions of x."""
+    return jnp.expand_dims(values, range(1, x.ndim - 1))
+
+
+def _group_mean(values: jax.Array, num_groups: int) -> jax.Array:
+    """[B, C] -> [B, num_groups], the mean over each group's channels."""
+    batch, features = values.shape
+    return jnp.mean(values.reshape(batch, num_groups, features // num_groups), -1)
+
+
+def _spread(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[B, num_groups] -> [B, C], each group's value for each of its channels."""
+    grouped = (*values.shape, shape[-1] // values.shape[-1])
+    return jnp.broadcast_to(values[..., None], grouped).reshape(shape)
+
+
+def _per_channel(
+    value: jax.Array | None, default: float, features: int, num_groups: int, dtype, name: str
+) -> jax.Array:
+    """``value`` as [1, C], whichever of [C] and [num_groups] its length is."""
     if value is None:
-        return jnp.full((1, 1, 1), default, dtype)
-    if value.shape == (num_groups * group_size,):
-        return value.astype(dtype).reshape(1, num_groups, group_size)
+        return jnp.full((1, features), default, dtype)
+    if value.shape == (features,):
+        return value.astype(dtype)[None]
     if value.shape == (num_groups,):
-        return value.astype(dtype).reshape(1, num_groups, 1)
+        return _spread(value.astype(dtype)[None], (1, features))
     raise ValueError(
         f"The channel part's {name} must have one value per group, ({num_groups},), or per "
-        f"channel, ({num_groups * group_size},), received shape {value.shape}."
+        f"channel, ({features},), received shape {value.shape}."
     )
