@@ -96,12 +96,22 @@ def _standardize(rule: StandardizationRule, out_axis: int, kernel: jax.Array) ->
 
 
 def _standardize_forward(rule, out_axis, kernel):
+    """One reduction pass and one elementwise pass."""
     axes = _fan_in_axes(kernel.ndim, out_axis)
-    center = jnp.mean(kernel, axes) if rule.center else None
-    centred = _subtract(kernel, center, axes)
-    total = jnp.sum(lax.square(centred), axes)
-    inverse, curvature = _inverse_denominator(rule, math.prod(kernel.shape) // total.size, total)
-    return centred * jnp.expand_dims(inverse, axes), (kernel, center, inverse, curvature)
+    fan_in = math.prod(kernel.shape) // kernel.shape[out_axis]
+    if rule.center:
+        # About weights of the kernel's own, nothing cancels whatever the mean is. Two of them, as
+        # XLA for CPU writes out what two reductions share.
+        first, last = (_corner(kernel, axes, index) for index in (0, -1))
+        mean = jnp.mean(_subtract(kernel, first, axes), axes)
+        square = jnp.sum(lax.square(_subtract(kernel, last, axes)), axes)
+        center = first + mean
+        total = jnp.maximum(square - fan_in * lax.square(mean + (first - last)), 0)
+    else:
+        center, total = None, jnp.sum(lax.square(kernel), axes)
+    inverse, curvature = _inverse_denominator(rule, fan_in, total)
+    hat = _subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)
+    return hat, (kernel, center, inverse, curvature)
 
 
 def _standardize_backward(rule, out_axis, residuals, cotangent):
@@ -111,15 +121,22 @@ def _standardize_backward(rule, out_axis, residuals, cotangent):
     """
     kernel, center, inverse, curvature = residuals
     axes = _fan_in_axes(kernel.ndim, out_axis)
-    centred = _subtract(kernel, center, axes)
-    along = curvature * jnp.sum(cotangent * centred, axes)
+    along = jnp.sum(cotangent * kernel, axes)
     gradient = jnp.expand_dims(inverse, axes) * cotangent
     if rule.center:
-        gradient -= jnp.expand_dims(inverse * jnp.mean(cotangent, axes), axes)
-    return (gradient - centred * jnp.expand_dims(along, axes),)
+        total = jnp.sum(cotangent, axes)
+        along -= center * total
+        fan_in = math.prod(kernel.shape) // total.size
+        gradient -= jnp.expand_dims(inverse * total / fan_in, axes)
+    centred = _subtract(kernel, center, axes)
+    return (gradient - centred * jnp.expand_dims(curvature * along, axes),)
 
 
 _standardize.defvjp(_standardize_forward, _standardize_backward)
+
+
+def _corner(kernel, axes, index):
+    return kernel[tuple(index if axis in axes else slice(None) for axis in range(kernel.ndim))]
 
 
 def _subtract(kernel, center, axes):
