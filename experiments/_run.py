@@ -200,6 +200,8 @@ def make_steps(
         task.loss_fn,
         optimizer,
         transform=transform,
+        # Only where kernels are computed is there anything to gain by writing them down.
+        kernel_dtype=None if transform is None else jnp.dtype(recipe.model.dtype),
         micro_batches=_micro_batches(recipe, partition),
         axis_name=partition.axis_name,
         seed=recipe.seed,

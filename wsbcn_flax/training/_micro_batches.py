@@ -134,6 +134,8 @@ def evaluate_micro_batches(
 def _evaluate(loss_fn: LossFn, params, batch_stats, batch, rng) -> Evaluated:
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (new_batch_stats, metrics)), gradients = grad_fn(params, batch_stats, batch, rng=rng)
+    # Half precision would lose small micro-batches' gradients in the sum of the others'.
+    gradients = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradients)
     return Evaluated(gradients, new_batch_stats, {"loss": loss, **metrics})
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
@@ -29,6 +30,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     transform: Callable[[Any], Any] | None = None,
+    kernel_dtype: jax.typing.DTypeLike | None = None,
     micro_batches: MicroBatches = _ONE,
     axis_name: str | None = None,
     seed: int = 0,
@@ -47,6 +49,10 @@ def make_train_step(
             means over the batch.
         optimizer: any optax transformation.
         transform: params -> params, such as ``WeightStandardization()``; None for the identity.
+        kernel_dtype: what the model's convolutions compute in, if narrower than the parameters. Its
+            kernels, arrays of rank 3 or more, are then rounded to it once a step, after
+            ``transform``, and not in each use of them; their gradients accumulate in float32. The
+            numbers are the same, with less memory to move. None leaves rounding to the layers.
         micro_batches: how many, and how they run.
         axis_name: the device axis under ``pmap`` or ``shard_map``, None under ``jit``.
         seed: of the random numbers (dropout) handed to ``loss_fn``, distinct for each step, device
@@ -80,18 +86,20 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if axis_name is not None:
             rng = jax.random.fold_in(rng, lax.axis_index(axis_name))
-        params, pull_back = (
+        transformed, pull_back = (
             (state.params, lambda gradients: (gradients,))
             if transform is None
             else jax.vjp(transform, state.params)
         )
+        params = transformed if kernel_dtype is None else _round(transformed, kernel_dtype)
         loss = loss_fn if state.loss_scale is None else scale_loss(loss_fn, state.loss_scale)
         out = evaluate_micro_batches(
             loss, params, state.batch_stats, batch, micro_batches=micro_batches, rng=rng
         )
         if axis_name is not None:
             out = mean_over_devices(out, axis_name)
-        (gradients,) = pull_back(out.gradients)
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), out.gradients, transformed)
+        (gradients,) = pull_back(gradients)
         if state.loss_scale is not None:
             gradients = unscale(gradients, state.loss_scale)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -109,3 +117,15 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """The parameters with convolution kernels in ``dtype``, computed once and written down."""
+
+    def rounded(array):
+        if array.ndim < 3 or jnp.promote_types(array.dtype, dtype) != array.dtype != dtype:
+            return array
+        # Else XLA repeats what made the kernel, in its own dtype, in each use of it.
+        return lax.optimization_barrier(array.astype(dtype))
+
+    return jax.tree.map(rounded, params)

@@ -1,0 +1,79 @@
+"""Kernels rounded once a step: the same numbers, accumulated in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from wsbcn_flax import WeightStandardization
+from wsbcn_flax.models import CifarResNet
+from wsbcn_flax.training import Classification, MicroBatches, TrainState, make_train_step
+
+SGD = optax.sgd(1.0)
+
+
+def step_of_sums(kernels, batch, **options):
+    """A step whose loss is the mean over samples of weight times each kernel's sum."""
+    seen = {}
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        seen.update({name: kernel.dtype for name, kernel in params.items()})
+        weight = jnp.mean(batch["weight"])
+        loss = sum(jnp.sum(weight.astype(k.dtype) * k).astype(jnp.float32) for k in params.values())
+        return loss, (batch_stats, {})
+
+    step = jax.jit(make_train_step(loss_fn, SGD, **options))
+    state, _ = step(TrainState.create({"params": kernels}, SGD), batch)
+    return seen, state.params
+
+
+def test_kernels_alone_are_rounded_and_none_is_widened():
+    kernels = {
+        "conv": jnp.ones((1, 1, 2, 2)),
+        "conv1d": jnp.ones((1, 2, 2)),
+        "narrow": jnp.ones((1, 2, 2), jnp.bfloat16),
+        "dense": jnp.ones((2, 2)),
+        "scale": jnp.ones(2),
+    }
+    expected = dict.fromkeys(kernels, jnp.float32) | {"narrow": jnp.bfloat16}
+    batch = {"weight": jnp.ones(4)}
+    for dtype in (None, jnp.float32):
+        assert step_of_sums(kernels, batch, kernel_dtype=dtype)[0] == expected
+    rounded = dict.fromkeys(("conv", "conv1d", "narrow"), jnp.bfloat16)
+    seen, params = step_of_sums(kernels, batch, kernel_dtype=jnp.bfloat16)
+    assert seen == expected | rounded
+    assert {name: array.dtype for name, array in params.items()} == expected
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_gradients_accumulate_in_float32(loop):
+    """256 + 1 is 256 in bfloat16; the micro-batches' mean is of all four."""
+    kernels = {"conv": jnp.zeros((1, 1, 2, 2))}
+    batch = {"weight": jnp.array([256.0, 1.0, 1.0, 1.0])}
+    micro_batches = MicroBatches(count=4, loop=loop)
+    options = {"kernel_dtype": jnp.bfloat16, "micro_batches": micro_batches}
+    _, params = step_of_sums(kernels, batch, **options)
+    np.testing.assert_array_equal(params["conv"], np.full((1, 1, 2, 2), -259 / 4))
+
+
+def test_a_network_takes_the_step_that_it_takes_without():
+    """In bfloat16, whose rounding is the layers' own or the step's."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(4, 8, 8, 3)).astype(np.float32),
+        "label": np.arange(4, dtype=np.int32),
+    }
+    task = Classification(model=CifarResNet(depth=8, width=8, dtype=jnp.bfloat16))
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+
+    def updates(kernel_dtype):
+        step = make_train_step(
+            task.loss_fn, SGD, transform=WeightStandardization(), kernel_dtype=kernel_dtype
+        )
+        state, _ = jax.jit(step)(TrainState.create(variables, SGD), batch)
+        return jax.tree.map(jnp.subtract, state.params, variables["params"])
+
+    for one, other in zip(*map(jax.tree.leaves, map(updates, (None, jnp.bfloat16))), strict=True):
+        scale = float(jnp.abs(one).max())
+        assert float(jnp.abs(one - other).max()) <= float(jnp.finfo(jnp.bfloat16).eps) * scale
