@@ -34,6 +34,7 @@ class Step(TimedOptions):
             weight standardization adds is compared with what it takes alone.
         image_size: height and width of the images; 32 at most if ``quick``.
         batch: images in a step.
+        micro: images in a micro-batch, the whole batch if None; of ours alone, not PyTorch's.
         against: "torch" adds ResNet-50 with GN+WS in PyTorch, in the faster of its two memory
             formats.
         repeats: rounds in which each step is timed once; three at most if ``quick``.
@@ -43,6 +44,7 @@ class Step(TimedOptions):
     norms: tuple[str, ...] = NORMS
     image_size: int = 128
     batch: int = 2
+    micro: int | None = None
     against: Literal["torch"] | None = None
     repeats: int = 30
 
@@ -89,7 +91,7 @@ def run_step(config: Step, console: Console) -> dict[str, Any]:
         check_torch()
     recipe_name, image_size = config.measured
     ours = {
-        name: TrainingCall(recipe, image_size, config.batch)
+        name: TrainingCall(recipe, image_size, config.batch, micro=config.micro)
         for name, recipe in recipes_with_norms(recipe_name, config.norms).items()
     }
     calls: dict[_Key, Call] = {(name, "step"): call for name, call in ours.items()}
@@ -130,14 +132,18 @@ class TrainingCall:
         recipe: what to train; its batch is replaced.
         image_size: height and width of the images.
         batch: images in a step.
+        micro: images in a micro-batch; the whole batch if None.
+
+    Raises:
+        ValueError: for a batch that is not a whole number of micro-batches.
     """
 
-    def __init__(self, recipe: Recipe, image_size: int, batch: int):
+    def __init__(self, recipe: Recipe, image_size: int, batch: int, *, micro: int | None = None):
         spec = DATA_SPECS[recipe.data.name]
         recipe = dataclasses.replace(
             recipe,
             model=dataclasses.replace(recipe.model, dtype="float32"),
-            batch=dataclasses.replace(recipe.batch, size=batch, micro=None, loop="auto"),
+            batch=dataclasses.replace(recipe.batch, size=batch, micro=micro, loop="auto"),
             optim=dataclasses.replace(recipe.optim, learning_rate=1e-3, warmup_epochs=0.0),
         )
         partition = make_partition(recipe.batch, jax.devices()[:1])
@@ -203,6 +209,7 @@ def ws_in_step(seconds: Mapping[str, np.ndarray], alone: np.ndarray) -> dict[str
         "added_ms": added * 1e3,
         "alone_ms": by_itself * 1e3,
         "added_over_alone": added / by_itself,
+        "share_of_step": added / float(np.median(seconds["bcn_ws"])),
     }
 
 
@@ -210,6 +217,8 @@ def _print(config: Step, document: Mapping[str, Any], console: Console) -> None:
     console.print(document["machine"])
     recipe_name, image_size = config.measured
     title = f"A step of {recipe_name}: {config.batch} images of {image_size} pixels"
+    if config.micro is not None:
+        title += f", micro-batches of {config.micro}"
     figures = {
         "ratio_to_batchnorm": ("/ BatchNorm's", two_decimals),
         "median_ms": ("ms", "{:.1f}".format),
@@ -221,7 +230,8 @@ def _print(config: Step, document: Mapping[str, Any], console: Console) -> None:
     if ws := document["ws"]:
         console.print(
             f"Weight standardization adds {ws['added_ms']:.1f} ms to BCN's step, "
-            f"{ws['added_over_alone']:.2f} times the {ws['alone_ms']:.1f} ms it takes alone."
+            f"{ws['added_over_alone']:.2f} times the {ws['alone_ms']:.1f} ms it takes alone, "
+            f"{100 * ws['share_of_step']:.1f} % of the step with it."
         )
     if against := document["torch"]:
         console.print(

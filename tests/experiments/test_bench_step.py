@@ -37,12 +37,14 @@ def test_figures_compare_steps_of_the_same_round():
     ratios = {row["norm"]: row["ratio_to_batchnorm"] for row in step_rows(seconds)}
     assert ratios == {"bn": 1, "bcn": 2, "bcn_ws": 2.5}
     added = ws_in_step(seconds, np.array([0.25, 0.25, 2.5]))
-    assert added == {"added_ms": 500, "alone_ms": 250, "added_over_alone": 2}
+    expected = {"added_ms": 500, "alone_ms": 250, "added_over_alone": 2, "share_of_step": 0.2}
+    assert added == expected
 
 
 def test_step_writes_its_figures(tmp_path, capsys):
     path = tmp_path / "step.json"
-    arguments = ["--recipe", QUICK_RECIPE, "--image-size", "8", "--batch", "1", "--repeats", "1"]
+    arguments = ["--recipe", QUICK_RECIPE, "--image-size", "8", "--repeats", "1"]
+    arguments += ["--batch", "2", "--micro", "1"]
     norms = ["bn", "bcn", "bcn_ws"]
     assert bench.main(["step", *arguments, "--norms", *norms, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
@@ -50,9 +52,12 @@ def test_step_writes_its_figures(tmp_path, capsys):
     keys = {"norm", "ratio_to_batchnorm", "median_ms", "spread"}
     assert all(set(row) == keys for row in document["rows"])
     assert [row["norm"] for row in document["rows"]] == norms
-    assert set(document["ws"]) == {"added_ms", "alone_ms", "added_over_alone"}
+    keys = {"added_ms", "alone_ms", "added_over_alone", "share_of_step"}
+    assert set(document["ws"]) == keys
     assert document["torch"] is None
-    assert "Weight standardization adds" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 images of 8 pixels, micro-batches of 1" in printed
+    assert "Weight standardization adds" in printed
 
 
 def test_quick_measures_a_small_network():

@@ -1,6 +1,9 @@
 """channel_norm against nn.GroupNorm, and on the valid region of a masked input."""
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +34,34 @@ def test_equals_flax_group_norm_with_its_gradients(shape, num_groups):
         assert relative_error(actual[1][2], expected[1][2]) < 1e-12
     else:
         assert tree_relative_error(actual, expected) < 1e-11
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("num_groups", [1, 3, 12])
+def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch):
+    """There groups are summed by a product with a matrix."""
+    x, dy = (1 + normal(seed, 2, 5, 7, 12, dtype=jnp.float64) for seed in (1, 2))
+    scale, bias = (normal(seed, 12, dtype=jnp.float64) for seed in (3, 4))
+    function = functools.partial(channel_norm, num_groups=num_groups)
+    expected = value_and_vjp(function, (x, scale, bias), dy)
+
+    calls = []
+
+    def on_tpu(*operands, tpu, default):
+        calls.append(tpu)
+        return tpu(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    actual = value_and_vjp(lambda *primals: function(*primals), (x, scale, bias), dy)
+    assert calls
+    assert tree_relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("platform", "products"), [("tpu", True), ("cpu", False)])
+def test_groups_are_products_on_tpu_alone(platform, products):
+    traced = jax.jit(functools.partial(channel_norm, num_groups=3)).trace(jnp.ones((2, 4, 4, 12)))
+    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("dot_general" in lowered) == products
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])

@@ -202,12 +202,12 @@ def _average(statistic, moments: ChannelMoments, running: RunningStats, axis_nam
     Returns the averages, [C] each, and whether any position was valid.
     """
     delta = moments.mean + (moments.shift - running.mean.astype(moments.mean.dtype)[None])
-    values = jnp.stack(statistic(delta))
+    values = statistic(delta)
     if moments.weight is None:
-        mean = jnp.mean(values, 1)
-        return mean if axis_name is None else lax.pmean(mean, axis_name), True
+        means = [jnp.mean(value, 0) for value in values]
+        return means if axis_name is None else lax.pmean(jnp.stack(means), axis_name), True
     # One vector, so that devices with unequal counts still need one all-reduce.
-    sums = jnp.sum(values * moments.weight[None], 1)
+    sums = jnp.stack([jnp.sum(value * moments.weight, 0) for value in values])
     packed = jnp.append(sums.ravel(), jnp.sum(moments.weight))
     packed = packed if axis_name is None else lax.psum(packed, axis_name)
     total = packed[-1]

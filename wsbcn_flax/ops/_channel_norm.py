@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wsbcn_flax.ops._checks import check_groups
 from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
@@ -125,9 +126,10 @@ def _normalize(num_groups, epsilon, dtype, x, mask, moments, slope, offset, scal
 
 
 def _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias):
-    d = offset - _spread(_group_mean(slope * moments.mean + offset, num_groups), slope.shape)
+    features = x.shape[-1]
+    d = offset - _spread(_group_mean(slope * moments.mean + offset, num_groups), features)
     var = jnp.square(slope) * moments.var + jnp.square(slope * moments.mean + d)
-    std = _spread(jnp.sqrt(_group_mean(var, num_groups) + epsilon), slope.shape)
+    std = _spread(jnp.sqrt(_group_mean(var, num_groups) + epsilon), features)
     distance = _distance(x, moments, mask)
     y = distance * _at(x, slope * scale / std) + _at(x, (d * scale + bias * std) / std)
     return y.astype(dtype), (x, mask, moments, slope, d, scale, std)
@@ -153,8 +155,8 @@ def _normalize_backward(num_groups, epsilon, dtype, residuals, cotangent):
     g, distance = cotangent.astype(mean.dtype), _distance(x, moments, mask)
     s0, s1 = jnp.sum(g, axes), jnp.sum(g * distance, axes)
     t = (slope * s1 + d * s0) / std
-    m0 = _spread(_group_mean(scale * s0, num_groups), mean.shape) / n
-    m1 = _spread(_group_mean(scale * t, num_groups), mean.shape) / n
+    m0 = _spread(_group_mean(scale * s0, num_groups), x.shape[-1]) / n
+    m1 = _spread(_group_mean(scale * t, num_groups), x.shape[-1]) / n
 
     d_offset = (scale * s0 - n * (m0 + m1 * (slope * mean + d) / std)) / std
     square = slope * (moments.var + jnp.square(mean)) + d * mean
@@ -187,14 +189,37 @@ def _at(x: jax.Array, values: jax.Array) -> jax.Array:
 
 def _group_mean(values: jax.Array, num_groups: int) -> jax.Array:
     """[B, C] -> [B, num_groups], the mean over each group's channels."""
-    batch, features = values.shape
-    return jnp.mean(values.reshape(batch, num_groups, features // num_groups), -1)
+    size = values.shape[-1] // num_groups
+    return lax.platform_dependent(
+        values,
+        tpu=lambda values: _product(values, _membership(num_groups, size, values.dtype) / size),
+        default=lambda values: jnp.mean(values.reshape(-1, num_groups, size), -1),
+    )
 
 
-def _spread(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _spread(values: jax.Array, features: int) -> jax.Array:
     """[B, num_groups] -> [B, C], each group's value for each of its channels."""
-    grouped = (*values.shape, shape[-1] // values.shape[-1])
-    return jnp.broadcast_to(values[..., None], grouped).reshape(shape)
+    batch, num_groups = values.shape
+    size = features // num_groups
+    grouped = (batch, num_groups, size)
+    return lax.platform_dependent(
+        values,
+        tpu=lambda values: _product(values, _membership(num_groups, size, values.dtype).T),
+        default=lambda values: jnp.broadcast_to(values[..., None], grouped).reshape(batch, -1),
+    )
+
+
+# A TPU lays channels out along its vectors' lanes: to split that axis into groups is several copies
+# of every array, and a product with a matrix of zeros and ones is one operation.
+def _membership(num_groups: int, size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[C, num_groups], one where a channel is a group's."""
+    channel = lax.broadcasted_iota(jnp.int32, (num_groups * size, num_groups), 0)
+    group = lax.broadcasted_iota(jnp.int32, (num_groups * size, num_groups), 1)
+    return (channel // size == group).astype(dtype)
+
+
+def _product(values: jax.Array, matrix: jax.Array) -> jax.Array:
+    return jnp.matmul(values, matrix, precision=lax.Precision.HIGHEST)
 
 
 def _per_channel(
@@ -206,7 +231,7 @@ def _per_channel(
     if value.shape == (features,):
         return value.astype(dtype)[None]
     if value.shape == (num_groups,):
-        return _spread(value.astype(dtype)[None], (1, features))
+        return _spread(value.astype(dtype)[None], features)
     raise ValueError(
         f"The channel part's {name} must have one value per group, ({num_groups},), or per "
         f"channel, ({features},), received shape {value.shape}."
