@@ -153,7 +153,8 @@ def _normalize_backward(num_groups, epsilon, dtype, residuals, cotangent):
     if moments.weight is not None:
         n = jnp.where(moments.weight > 0, moments.weight, 1)
     g, distance = cotangent.astype(mean.dtype), _distance(x, moments, mask)
-    s0, s1 = jnp.sum(g, axes), jnp.sum(g * distance, axes)
+    # The barrier keeps XLA from reading g once more, for the sum over samples of its sums.
+    s0, s1 = lax.optimization_barrier((jnp.sum(g, axes), jnp.sum(g * distance, axes)))
     t = (slope * s1 + d * s0) / std
     m0 = _spread(_group_mean(scale * s0, num_groups), x.shape[-1]) / n
     m1 = _spread(_group_mean(scale * t, num_groups), x.shape[-1]) / n
