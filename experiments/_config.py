@@ -109,6 +109,7 @@ class BatchConfig:
         mode: how devices are used: "shard_map", "jit" or "pmap".
         devices: how many; all if None.
         shard_optimizer: whether devices share the optimizer's state out; for mode "jit".
+        compact: whether a CPU holds less memory at the price of some time; not for mode "pmap".
     """
 
     size: int = 64
@@ -118,6 +119,7 @@ class BatchConfig:
     mode: Literal["shard_map", "jit", "pmap"] = "shard_map"
     devices: int | None = None
     shard_optimizer: bool = False
+    compact: bool = False
 
 
 _OPTIM = OptimizerConfig(learning_rate=0.1, warmup_epochs=1.0)

@@ -229,7 +229,12 @@ def make_state(
 
 def make_partition(batch: BatchConfig, devices: Sequence[Any]) -> Partition:
     """How a recipe uses devices."""
-    return Partition(mode=batch.mode, devices=devices, shard_optimizer=batch.shard_optimizer)
+    return Partition(
+        mode=batch.mode,
+        devices=devices,
+        shard_optimizer=batch.shard_optimizer,
+        compact=batch.compact,
+    )
 
 
 def _devices(count: int | None) -> list[Any]:

@@ -11,6 +11,7 @@ from experiments._ahead_of_time import Compiled, compile_steps
 from experiments._bench.networks import NORMS, QUICK_RECIPE, recipes_with_norms
 from experiments._bench.options import BenchOptions, check_writable, save
 from experiments._bench.printing import in_units_of, rows_table, two_decimals
+from experiments._config import Recipe
 from experiments._variants import for_devices
 
 _BYTES = ("temp_bytes", "argument_bytes", "peak_bytes", "total_bytes")
@@ -24,11 +25,13 @@ class Memory(BenchOptions):
         recipe: name of one; a small network's if ``quick``.
         norms: {norm}[_{weight}] as in a recipe's name; bn among them.
         micro_batches: images in a step that is one micro-batch.
+        compact: whether the compiler orders operations by memory, as ``--batch.compact`` trains.
     """
 
     recipe: str = "imagenet_resnet50_bcn_ws"
     norms: tuple[str, ...] = NORMS
     micro_batches: tuple[int, ...] = (1, 2)
+    compact: bool = False
 
     def __post_init__(self):
         if not self.micro_batches or min(self.micro_batches) < 1:
@@ -49,7 +52,9 @@ def run_memory(config: Memory, console: Console) -> list[dict[str, Any]]:
     devices = jax.devices("cpu")[:1]
     name = QUICK_RECIPE if config.quick else config.recipe
     recipes = {
-        (micro, norm): for_devices(recipe, devices, per_device_batch=micro, dtype="float32")
+        (micro, norm): _ordered(
+            for_devices(recipe, devices, per_device_batch=micro, dtype="float32"), config
+        )
         for micro in config.micro_batches
         for norm, recipe in recipes_with_norms(name, config.norms).items()
     }
@@ -58,10 +63,11 @@ def run_memory(config: Memory, console: Console) -> list[dict[str, Any]]:
     )
     rows = memory_rows(results)
     megabytes = in_units_of(1e6, decimals=1)
+    order = "the CPU, compact" if config.compact else "the CPU"
     console.print(
         rows_table(
             rows,
-            title=f"Memory of a step of {name}, compiled by jax {jax.__version__} for the CPU",
+            title=f"Memory of a step of {name}, compiled by jax {jax.__version__} for {order}",
             labels={"micro_batch": "images", "norm": "norm"},
             figures={
                 "temp_bytes": ("temp MB", megabytes),
@@ -75,6 +81,12 @@ def run_memory(config: Memory, console: Console) -> list[dict[str, Any]]:
         )
     )
     return rows
+
+
+def _ordered(recipe: Recipe, config: Memory) -> Recipe:
+    return dataclasses.replace(
+        recipe, batch=dataclasses.replace(recipe.batch, compact=config.compact)
+    )
 
 
 def memory_rows(results: Mapping[tuple[int, str], Compiled]) -> list[dict[str, Any]]:

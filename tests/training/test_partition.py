@@ -59,3 +59,30 @@ def test_batch_is_split_in_order():
 def test_refuses_an_indivisible_batch():
     with pytest.raises(ValueError, match="batch of 12 for 8 devices"):
         Partition().place_batch({"x": np.zeros(12)})
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+def test_compact_is_the_same_step_in_less_memory(mode):
+    """Products that do not depend on each other would all be held at once."""
+
+    def step(state, batch):
+        x = jnp.mean(batch["x"]) + state
+        for product in [(x + i) @ x for i in range(8)]:
+            state = jnp.tanh(state @ product)
+        return state, {}
+
+    state, batch = jnp.eye(128), {"x": np.ones(8, np.float32)}
+    results, temporaries = [], []
+    for compact in (False, True):
+        partition = Partition(mode=mode, devices=jax.devices()[:1], compact=compact)
+        lowered = partition.compile(step).lower(state, batch)
+        temporaries.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+        placed = partition.place_state(state), partition.place_batch(batch)
+        results.append(partition.compile(step)(*placed)[0])
+    np.testing.assert_allclose(*results, rtol=1e-6)
+    assert temporaries[1] < temporaries[0]
+
+
+def test_pmap_cannot_be_compact():
+    with pytest.raises(ValueError, match=r'jax\.pmap does not take.*received "pmap"'):
+        Partition(mode="pmap", compact=True)

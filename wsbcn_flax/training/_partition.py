@@ -17,6 +17,7 @@ from wsbcn_flax.training._state import TrainState
 
 Mode = Literal["jit", "shard_map", "pmap"]
 AXIS_NAME = "data"
+_ONE_AT_A_TIME = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,12 @@ class Partition:
             state, as ZeRO's first stage does: arrays of which a dimension is a multiple of the
             number of devices are split along the longest such. The step stays the same; the
             updated parameters are gathered once more. For "jit" only.
+        compact: whether XLA for CPU runs one operation at a time, in the order that holds the least
+            memory, and not several at once. Other backends do so anyway. Not for "pmap".
 
     Raises:
-        ValueError: for an unknown mode, or ``shard_optimizer`` with another mode than "jit".
+        ValueError: for an unknown mode, ``shard_optimizer`` with another mode than "jit", or
+            ``compact`` with "pmap".
 
     References:
         Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
@@ -55,6 +59,7 @@ class Partition:
     mode: Mode = "shard_map"
     devices: Sequence[Any] | None = None
     shard_optimizer: bool = False
+    compact: bool = False
 
     def __post_init__(self):
         if self.mode not in get_args(Mode):
@@ -63,6 +68,11 @@ class Partition:
             raise ValueError(
                 "shard_optimizer leaves the collectives to XLA, which only global arrays do: it "
                 f'needs mode="jit", received {self.mode!r}.'
+            )
+        if self.compact and self.mode == "pmap":
+            raise ValueError(
+                "compact is an option of the compiler, which jax.pmap does not take: use "
+                'mode="jit" or "shard_map", received "pmap".'
             )
 
     @functools.cached_property
@@ -110,6 +120,7 @@ class Partition:
             in_shardings=(state, batch),
             out_shardings=state,
             donate_argnums=0 if donate_state else (),
+            compiler_options=_ONE_AT_A_TIME if self.compact else None,
         )
 
     def place_state(self, state: Any) -> Any:
