@@ -54,7 +54,7 @@ def channel_norm(
         >>> bool(abs(y.reshape(2, 64, 3, 2).mean((1, 3))).max() < 1e-5)
         True
     """
-    moments = channel_moments(x, mask=mask)
+    moments = channel_moments(lax.stop_gradient(x), mask=mask)
     check_groups(x.shape[-1], num_groups, caller="channel_norm")
     return normalize_groups(
         x,
