@@ -1,5 +1,6 @@
 """Batch-Channel Normalization in the moments form: one reduction pass, one elementwise pass."""
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -116,8 +117,7 @@ def batch_channel_norm(
         ((1, 8, 8, 64), 0.3)
     """
     check_options(statistics=statistics, order=order, rate=rate, epsilon=epsilon)
-    # Not for the symbolic batch of an exported program.
-    if x.ndim and isinstance(x.shape[0], int) and x.shape[0] <= _FEW:
+    if x.ndim and _few_on_a_chip(x.shape[0]):
         x = lax.optimization_barrier(x)
     check_activation(x, caller="batch_channel_norm")
     check_channels(x.shape[-1], caller="batch_channel_norm", mean=running.mean, var=running.var)
@@ -158,6 +158,14 @@ def batch_channel_norm(
         dtype=x.dtype if dtype is None else dtype,
     )
     return y, new
+
+
+def _few_on_a_chip(samples: int) -> bool:
+    """Whether a chip holds few of the samples, which jit spreads over the mesh that is in use."""
+    if not isinstance(samples, int):
+        return False  # The symbolic batch of an exported program.
+    mesh = jax.sharding.get_abstract_mesh()
+    return samples <= _FEW * math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
 def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:

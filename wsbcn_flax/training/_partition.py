@@ -111,6 +111,8 @@ class Partition:
                 out_specs=P(),
                 check_vma=False,
             )
+        if self.mode == "jit":
+            step = self._within_mesh(step)
         state, batch = self._sharding(P()), self._sharding(P(AXIS_NAME))
         if self.shard_optimizer:
             # Each array has a sharding of its own, which the constraints give it.
@@ -157,6 +159,15 @@ class Partition:
                     "devices."
                 )
         return jax.make_array_from_process_local_data(self._sharding(P(AXIS_NAME)), batch)
+
+    def _within_mesh(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Lets operations know, while they are traced, how many devices share their arrays."""
+
+        def within_mesh(state, batch):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return step(state, batch)
+
+        return within_mesh
 
     def _constrained(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def constrain(tree):

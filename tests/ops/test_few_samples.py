@@ -1,0 +1,32 @@
+"""A barrier stands before the normalization where a chip holds few samples, and only there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from wsbcn_flax.ops import RunningStats, batch_channel_norm
+from wsbcn_flax.training import Partition
+
+
+def has_barrier(function, samples):
+    return "optimization_barrier" in str(jax.make_jaxpr(function)(jnp.ones((samples, 2, 2, 6))))
+
+
+def forward(x):
+    return batch_channel_norm(x, RunningStats.fresh(6), num_groups=2)[0]
+
+
+@pytest.mark.parametrize(("samples", "few"), [(1, True), (4, True), (5, False), (32, False)])
+def test_on_one_device(samples, few):
+    assert has_barrier(forward, samples) == few
+
+
+@pytest.mark.parametrize(("samples", "few"), [(8, True), (32, True), (40, False)])
+def test_on_eight_devices(samples, few, mesh8):
+    """A shard_map's batch is a device's own; a jit's is that of all of them."""
+    manual = jax.shard_map(forward, mesh=mesh8, in_specs=P("data"), out_specs=P("data"))
+    assert has_barrier(manual, samples) == few
+    partition = Partition(mode="jit", devices=list(mesh8.devices.flat))
+    automatic = partition.compile(lambda state, batch: forward(batch["x"]).sum() + state)
+    assert has_barrier(lambda x: automatic(jnp.zeros(()), {"x": x}), samples) == few
