@@ -34,6 +34,8 @@ from experiments._bench.timing import (
 from experiments._bench.torch_extra import check_torch, keep_faster_format, torch_facts
 from wsbcn_flax import BatchChannelNorm
 
+ELEMENTWISE = "elementwise"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers(TimedOptions):
@@ -122,10 +124,14 @@ def layer_calls(norms: Mapping[str, nn.Module], shape: Shape) -> dict[Key, Call]
     """One training call of every layer, forward alone and with the gradient of params and input.
 
     All layers see the same float32 input and cotangent, and return what training needs of them:
-    the output, the new running statistics and, in the second pass, the gradients.
+    the output, the new running statistics and, in the second pass, the gradients. A pass that reads
+    x and writes an array of its size stands beside them: of such a normalization must make at least
+    one and a half forward (x twice, y) and four in all (and x and the cotangent twice, dx).
     """
     x, cotangent = map(jnp.asarray, normal_arrays(np.random.default_rng(0), shape, shape))
-    calls: dict[Key, Call] = {}
+    calls: dict[Key, Call] = {
+        (ELEMENTWISE, "forward"): functools.partial(jax.jit(lambda x: 2 * x), x)
+    }
     for name, norm in norms.items():
         variables = norm.init(jax.random.key(0), x)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -174,7 +180,7 @@ def layer_rows(shape: Shape, seconds: Mapping[Key, np.ndarray]) -> list[dict[str
 def _means_table(measured: list[dict[Key, np.ndarray]]) -> Table:
     table = plain_table(title="Geometric means over shapes")
     table.add_column("norm", no_wrap=True)
-    names = dict.fromkeys(name for name, _ in measured[0])
+    names = dict.fromkeys(name for name, _ in measured[0] if name != ELEMENTWISE)
     references = [name for name in ("batch_norm", "naive_bcn", "torch_batch_norm") if name in names]
     columns = []
     for reference in references:

@@ -90,7 +90,8 @@ def test_layers_writes_its_rows(tmp_path, console):
     assert all(row["median_ms"] > 0 for row in rows)
     norms = ["batch_norm", "group_norm", "naive_bcn", "bcn", "bcn_update_first", "bcn_batch"]
     assert [(row["shape"], row["norm"], row["pass"]) for row in rows] == [
-        ([*SHAPE], norm, which) for norm in norms for which in ("forward", "forward_backward")
+        ([*SHAPE], "elementwise", "forward"),
+        *(([*SHAPE], norm, which) for norm in norms for which in ("forward", "forward_backward")),
     ]
     printed = console.file.getvalue()
     assert jax.__version__ in printed

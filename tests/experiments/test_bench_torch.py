@@ -103,7 +103,7 @@ def test_step_adds_torchs_row(torch, console, monkeypatch):
 
     small = torch_step.GroupNormResNet
     monkeypatch.setattr(torch_step, "GroupNormResNet", lambda: small((1,), 1000))
-    monkeypatch.setattr(step, "TrainingCall", lambda *_: lambda: None)
+    monkeypatch.setattr(step, "TrainingCall", lambda *_, **__: lambda: None)
     config = step.Step(norms=("bn", "gn_ws"), image_size=16, repeats=1, against="torch")
     document = step.run_step(config, console)
     assert [row["norm"] for row in document["rows"]] == ["bn", "gn_ws", "torch_gn_ws"]
