@@ -38,7 +38,7 @@ def test_kernels_alone_are_rounded_and_none_is_widened():
     }
     expected = dict.fromkeys(kernels, jnp.float32) | {"narrow": jnp.bfloat16}
     batch = {"weight": jnp.ones(4)}
-    for dtype in (None, jnp.float32):
+    for dtype in (None, jnp.float32, "float32"):
         assert step_of_sums(kernels, batch, kernel_dtype=dtype)[0] == expected
     rounded = dict.fromkeys(("conv", "conv1d", "narrow"), jnp.bfloat16)
     seen, params = step_of_sums(kernels, batch, kernel_dtype=jnp.bfloat16)

@@ -11,7 +11,7 @@ from jax import lax
 
 from wsbcn_flax.ops._channel_norm import normalize_groups
 from wsbcn_flax.ops._checks import check_activation, check_channels, check_groups
-from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
+from wsbcn_flax.ops._moments import ChannelMoments, channel_moments, known_moments
 
 Statistics = Literal["batch", "estimate"]
 Order = Literal["update_first", "normalize_first"]
@@ -124,9 +124,10 @@ def batch_channel_norm(
     # The running mean costs no pass of its own and, where it is far off, float32 cancels less of
     # the variance than rounding x to bfloat16 has added. Wider inputs get a value of their own.
     shift = running.mean if x.dtype == jnp.bfloat16 else None
-    # The channel part's gradient knows the moments; only batch statistics add one of their own.
-    differentiable = statistics == "batch" and not use_running_average
-    moments = channel_moments(x if differentiable else lax.stop_gradient(x), shift=shift, mask=mask)
+    if statistics == "batch" and not use_running_average:
+        moments = channel_moments(x, shift=shift, mask=mask)
+    else:
+        moments = known_moments(x, shift, mask)
     check_groups(x.shape[-1], num_groups, caller="batch_channel_norm")
     computed = moments.mean.dtype
     if use_running_average:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._checks import check_groups
-from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
+from wsbcn_flax.ops._checks import check_activation, check_groups
+from wsbcn_flax.ops._moments import ChannelMoments, known_moments
 
 
 def channel_norm(
@@ -54,7 +54,8 @@ def channel_norm(
         >>> bool(abs(y.reshape(2, 64, 3, 2).mean((1, 3))).max() < 1e-5)
         True
     """
-    moments = channel_moments(lax.stop_gradient(x), mask=mask)
+    check_activation(x, caller="channel_norm")
+    moments = known_moments(x, None, mask)
     check_groups(x.shape[-1], num_groups, caller="channel_norm")
     return normalize_groups(
         x,
@@ -96,7 +97,8 @@ def normalize_groups(
 
     Args:
         x: [B, ..., C].
-        moments: those of x, with the same mask; constants to the gradient, which knows them.
+        moments: those of x, with the same mask, perhaps ``known_moments``: what flows through them
+            here is part of the gradient of x.
         slope: [1 or B, C].
         offset: [1 or B, C].
         scale: [C] or [num_groups], or None for one.

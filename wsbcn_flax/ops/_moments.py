@@ -82,6 +82,22 @@ def channel_moments(
     return ChannelMoments(shift, mean, _variance(mean, square), weight)
 
 
+# Not a stop_gradient, which would stop the derivatives of a gradient as well.
+@jax.custom_vjp
+def known_moments(x: jax.Array, shift: jax.Array | None, mask: jax.Array | None) -> ChannelMoments:
+    """``channel_moments`` for whoever accounts for them in the gradient of x: none of their own.
+
+    Nothing is kept for a backward pass, where autodiff would keep an array of x's size.
+    """
+    return channel_moments(x, shift=shift, mask=mask)
+
+
+known_moments.defvjp(
+    lambda x, shift, mask: (channel_moments(x, shift=shift, mask=mask), None),
+    lambda residuals, cotangent: (None, None, None),
+)
+
+
 def _first_valid(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Each sample's values [B, C] at its first unmasked position; zero without any."""
     valid = mask.reshape(x.shape[0], -1, 1) > 0

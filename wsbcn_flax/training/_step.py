@@ -123,7 +123,8 @@ def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """The parameters with convolution kernels in ``dtype``, computed once and written down."""
 
     def rounded(array):
-        if array.ndim < 3 or jnp.promote_types(array.dtype, dtype) != array.dtype != dtype:
+        narrower = array.dtype != dtype and jnp.promote_types(array.dtype, dtype) == array.dtype
+        if array.ndim < 3 or not narrower:
             return array
         # Else XLA repeats what made the kernel, in its own dtype, in each use of it.
         return lax.optimization_barrier(array.astype(dtype))
