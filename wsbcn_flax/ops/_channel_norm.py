@@ -111,23 +111,23 @@ def normalize_groups(
     features = x.shape[-1]
     scale = _per_channel(scale, 1, features, num_groups, moments.mean.dtype, "scale")
     bias = _per_channel(bias, 0, features, num_groups, moments.mean.dtype, "bias")
-    # Broadcast by an addition, after which a shard_map knows them to vary over devices as x does.
-    zeros = jnp.zeros_like(moments.mean)
-    affine = (array + zeros for array in (slope, offset, scale, bias))
-    return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, *affine)
+    # As one array, so that their gradients are summed over samples, and devices, as one; broadcast
+    # by an addition, after which a shard_map knows them to vary over devices as x does.
+    affine = jnp.stack(jnp.broadcast_arrays(slope, offset, scale, bias))
+    affine = affine + jnp.zeros_like(moments.mean)[None]
+    return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, affine)
 
 
 # A custom VJP: autodiff of the formula leaves arithmetic on [B, C] arrays inside the loop over x.
 # Every coefficient of x below ends in a division for the same reason: XLA for CPU repeats a cheap
 # operation for each element of x, the index arithmetic of groups included, but no division.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _normalize(num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias):
-    return _normalize_forward(
-        num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias
-    )[0]
+def _normalize(num_groups, epsilon, dtype, x, mask, moments, affine):
+    return _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, affine)[0]
 
 
-def _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, slope, offset, scale, bias):
+def _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, affine):
+    slope, offset, scale, bias = affine
     features = x.shape[-1]
     d = offset - _spread(_group_mean(slope * moments.mean + offset, num_groups), features)
     var = jnp.square(slope) * moments.var + jnp.square(slope * moments.mean + d)
@@ -171,7 +171,7 @@ def _normalize_backward(num_groups, epsilon, dtype, residuals, cotangent):
     dx += through_moments if mask is None else mask * through_moments
     if mask is not None:
         dx = jnp.where(mask > 0, dx, 0)
-    return dx.astype(x.dtype), None, None, d_slope, d_offset, t, s0
+    return dx.astype(x.dtype), None, None, jnp.stack((d_slope, d_offset, t, s0))
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)

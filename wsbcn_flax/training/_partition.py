@@ -163,6 +163,7 @@ class Partition:
     def _within_mesh(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Lets operations know, while they are traced, how many devices share their arrays."""
 
+        @functools.wraps(step)
         def within_mesh(state, batch):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return step(state, batch)
