@@ -75,7 +75,8 @@ def batch_channel_norm(
       output depends on nothing but itself and ``running``, and the returned statistics are averages
       over samples: the step is the same however the batch is split.
 
-    All statistics are float32 or wider and the running variance is biased, as Flax's is.
+    All statistics are float32 or wider and the running variance is biased, as Flax's is. The
+    derivative is a closed form (a custom VJP: reverse mode, any number of times).
 
     Args:
         x: [B, ..., C], floating-point, of any rank from 2.

@@ -25,7 +25,8 @@ def channel_norm(
         y = scale (x - E[x]) / sqrt(Var[x] + epsilon) + bias
 
     with mean and biased variance over (positions, C / num_groups): group normalization, which the
-    paper calls channel normalization, in one reduction pass and one elementwise pass.
+    paper calls channel normalization, in one reduction pass and one elementwise pass. The
+    derivative is a closed form (a custom VJP: reverse mode, any number of times).
 
     Args:
         x: [B, ..., C], floating-point.
