@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wsbcn_flax.ops._checks import statistics_dtype
+
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Loop = Literal["auto", "scan", "unroll", "vmap"]
@@ -135,7 +137,7 @@ def _evaluate(loss_fn: LossFn, params, batch_stats, batch, rng) -> Evaluated:
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (new_batch_stats, metrics)), gradients = grad_fn(params, batch_stats, batch, rng=rng)
     # Half precision would lose small micro-batches' gradients in the sum of the others'.
-    gradients = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradients)
+    gradients = jax.tree.map(lambda g: g.astype(statistics_dtype(g.dtype)), gradients)
     return Evaluated(gradients, new_batch_stats, {"loss": loss, **metrics})
 
 

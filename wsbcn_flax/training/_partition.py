@@ -35,7 +35,7 @@ class Partition:
             number of devices are split along the longest such. The step stays the same; the
             updated parameters are gathered once more. For "jit" only.
         compact: whether XLA for CPU runs one operation at a time, in the order that holds the least
-            memory, and not several at once. Other backends do so anyway. Not for "pmap".
+            memory, and not several at once. Other backends ignore it. Not for "pmap".
 
     Raises:
         ValueError: for an unknown mode, ``shard_optimizer`` with another mode than "jit", or
