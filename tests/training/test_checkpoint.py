@@ -192,6 +192,45 @@ def test_uncommitted_leaves_stay_free_to_move(tmp_path, mesh8):
     assert restored["x"].committed
 
 
+@pytest.mark.parametrize("dtype", EXTREMES)
+def test_numpy_arrays_come_back_as_arrays_of_jax(tmp_path, dtype):
+    values = EXTREMES[dtype]
+    state = {
+        "vector": values,
+        "scalar": values.reshape(-1)[-1],
+        "strided": np.stack([values, values])[:, ::-1].T,
+        "jax": jnp.asarray(values),
+    }
+    assert isinstance(state["scalar"], np.generic)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, state)
+        restored = checkpointer.restore(0, state).state
+        assert bits(checkpointer.restore(0, jax.eval_shape(lambda: state)).state) == bits(state)
+    assert bits(restored) == bits(state)
+    for leaf in jax.tree.leaves(restored):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.devices() == {jax.devices()[0]}
+        assert not leaf.committed
+
+
+def test_numpy_and_jax_arrays_are_templates_of_each_other(tmp_path):
+    for step, state, template in [
+        (1, make_state(1), jax.device_get(make_state(0))),
+        (2, jax.device_get(make_state(2)), make_state(0)),
+    ]:
+        with Checkpointer(tmp_path) as checkpointer:
+            checkpointer.save(step, state)
+            assert bits(checkpointer.restore_latest(template).state) == bits(state)
+
+
+def test_numpy_arrays_are_saved_as_they_were(tmp_path):
+    x = np.ones(1 << 21, np.float32)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, {"x": x})
+        x[:] = 2
+        np.testing.assert_array_equal(checkpointer.restore(0, {"x": x}).state["x"], 1)
+
+
 # --- other processes ----------------------------------------------------------------------------
 
 TRAIN_FOREVER = """

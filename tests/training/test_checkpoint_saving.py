@@ -52,7 +52,15 @@ def test_a_step_that_is_not_newer_is_refused(tmp_path, step):
 
 @pytest.mark.parametrize(
     ("leaf", "match"),
-    [(1.5, "float"), (np.ones(2), "ndarray"), (jax.random.key(0), "key_data")],
+    [
+        (1.5, "float"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), "MaskedArray"),
+        (np.array("a"), "<U1.*JAX cannot hold"),
+        (np.ones(2, ">f4"), ">f4.*JAX cannot hold"),
+        (np.ones(2), r"float64.*enable_x64.*astype\(np.float32\)"),
+        (np.int64(2), r"int64.*enable_x64.*astype\(np.int32\)"),
+        (jax.random.key(0), "key_data"),
+    ],
 )
 def test_leaves_that_are_not_arrays_of_numbers_are_refused(tmp_path, leaf, match):
     with Checkpointer(tmp_path) as checkpointer:
@@ -85,10 +93,10 @@ def test_saving_needs_a_with_block(tmp_path):
 
 
 def test_bad_numbers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="max_to_keep must be at least 1"):
+    with pytest.raises(ValueError, match="at least 1, or None for all, received 0"):
         Checkpointer(tmp_path, max_to_keep=0)
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(ValueError, match="must not be negative; got -1"):
+        with pytest.raises(ValueError, match="must not be negative, received -1"):
             checkpointer.save(-1, make_state(1))
         with pytest.raises(TypeError):
             checkpointer.save(1.5, make_state(1))
@@ -189,6 +197,24 @@ def test_a_field_of_none_is_no_part_of_a_checkpoint(tmp_path):
         restored = checkpointer.restore_latest({"x": jnp.zeros(3), "later": None})
     assert restored.state["later"] is None
     np.testing.assert_array_equal(restored.state["x"], 1)
+
+
+def test_what_cannot_be_saved_says_so(tmp_path):
+    x = jnp.ones(3)
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(TypeError, match="array to be saved; x is a ShapeDtypeStruct"):
+            checkpointer.save(1, jax.eval_shape(lambda: {"x": x}))
+        x.delete()
+        with pytest.raises(ValueError, match="x was donated to a step"):
+            checkpointer.save(1, {"x": x})
+        assert checkpointer.steps == ()
+
+
+def test_the_directory_is_no_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(ValueError, match=f"must not be a file, received {path}"):
+        Checkpointer(path)
 
 
 def test_one_bare_array_is_a_state(tmp_path):

@@ -62,8 +62,11 @@ class Checkpointer:
     In a run of several processes all call the same methods. Process 0 alone reads and writes, and
     what it restores is everybody's, so that all agree and only it needs to see the directory.
 
-    A state is a pytree of JAX arrays, typed PRNG keys excluded. A template is a state, or one of
-    `jax.ShapeDtypeStruct`s; the restored state takes its shardings, wherever the saved one lay.
+    A state is a pytree of JAX or NumPy arrays, typed PRNG keys excluded. A template is a state, or
+    one of `jax.ShapeDtypeStruct`s; the restored state takes its shardings, wherever the saved one
+    lay. Restored leaves are JAX arrays, on the default device where the template has NumPy arrays
+    or scalars; these must therefore be of a dtype that JAX holds. Of several processes' NumPy
+    arrays, those of process 0 are saved.
 
     Args:
         directory: Local directory; created at the first save.
@@ -81,7 +84,9 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int | None = 3):
         if max_to_keep is not None and max_to_keep < 1:
-            raise ValueError(f"max_to_keep must be at least 1, or None for all; got {max_to_keep}")
+            raise ValueError(
+                f"max_to_keep must be at least 1, or None for all, received {max_to_keep}"
+            )
         import orbax.checkpoint as ocp
 
         self._orbax = ocp
@@ -97,6 +102,8 @@ class Checkpointer:
         )
         self._manager: Any = None
         if is_first_process():
+            if self._directory.is_file():
+                raise ValueError(f"directory must not be a file, received {self._directory}")
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._skipped: dict[int, str] = {}
         self._entered = False
@@ -124,16 +131,15 @@ class Checkpointer:
         Raises:
             NonFiniteStateError: If a leaf holds NaN or infinity; nothing is written.
             CheckpointError: If outside `with`, not the newest step, or the previous save failed.
-            TypeError: If a leaf is not a JAX array, or `extra` not JSON.
-            ValueError: If `step` is negative, or `extra` would not come back from JSON unchanged.
+            TypeError: If a leaf is not an array that JAX can hold, or `extra` not JSON.
+            ValueError: If `step` is negative, an array was donated to a step before, or `extra`
+                would not come back from JSON unchanged.
         """
         if not self._entered:
             raise CheckpointError("save needs a `with` block: what is unfinished at exit is lost")
         if (step := operator.index(step)) < 0:
-            raise ValueError(f"step must not be negative; got {step}")
-        arrays = named_leaves(state)
-        if jax.process_count() > 1:  # Where orbax refuses arrays that one process has alone.
-            arrays = {name: fetch(array) for name, array in arrays.items()}
+            raise ValueError(f"step must not be negative, received {step}")
+        arrays = {name: _kept(name, leaf) for name, leaf in named_leaves(state).items()}
         leaves = _checked_fingerprints(arrays)
         if not is_first_process():
             return
@@ -256,6 +262,18 @@ def _reraise(kind: type[CheckpointError], what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise kind(f"{what}: {error!r:.300}") from error
+
+
+def _kept(name: str, leaf: Any) -> Any:
+    """The leaf as it is now, whatever the caller does to it while it is being written."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(f"every leaf must be an array to be saved; {name} is a ShapeDtypeStruct")
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf, order="C")
+    if leaf.is_deleted():
+        raise ValueError(f"{name} was donated to a step: save the state that the step returned")
+    # Of several processes, orbax refuses arrays that one has alone.
+    return fetch(leaf) if jax.process_count() > 1 else leaf
 
 
 def _checked_fingerprints(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
