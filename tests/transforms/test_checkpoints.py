@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import json
+import re
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch_resnet
@@ -163,14 +165,98 @@ def test_plain_batch_norm_has_no_count():
     jax.tree.map(np.testing.assert_array_equal, *imported)
 
 
-def test_half_precision_is_widened():
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.model."],
+)
+def test_prefixes_of_wrappers_do_not_matter(prefix):
+    variables = numbered_variables("resnet18")
+    arrays = export_checkpoint(variables, "resnet18")
+    state_dict = {f"{prefix}{key}": array for key, array in arrays.items()}
+    assert guess_checkpoint_name(state_dict) == "resnet18"
+    imported = import_checkpoint({"state_dict": state_dict}, "resnet18")
+    jax.tree.map(np.testing.assert_array_equal, imported, variables)
+
+
+def test_a_prefix_that_some_keys_lack_is_none():
+    arrays = export_checkpoint(numbered_variables("resnet18"), "resnet18")
+    arrays["module.fc.bias"] = arrays.pop("fc.bias")
+    with pytest.raises(ValueError, match=r"missing \(1\): fc.bias\n.*\(1\): module.fc.bias"):
+        import_checkpoint(arrays, "resnet18")
+
+
+@pytest.mark.parametrize("name", ["R-50-GN-WS", "R-50-BCN-WS"])
+def test_axes_of_length_one_do_not_matter(name):
+    """Exports of TensorFlow's have scales (1, 1, 1, C); a head may be a 1x1 convolution."""
+    variables = numbered_variables(name)
+    arrays = export_checkpoint(variables, name)
+    shapes = {
+        "bn1.bias": (1, 1, 1, -1),
+        "layer1.0.bn1.weight": (1, -1, 1, 1),
+        "layer1.0.bn2.weight": (-1, 1, 1),
+        "layer1.0.bn2.bias": (-1,),
+        "fc.bias": (1, -1),
+        "fc.weight": (1000, 2048, 1, 1),
+        "layer1.1.conv1.weight": (64, 256),
+    }
+    changed = {key: arrays[key].reshape(shape) for key, shape in shapes.items()}
+    assert all(changed[key].shape != arrays[key].shape for key in changed if "bn2" not in key)
+    imported = import_checkpoint({**arrays, **changed}, name)
+    jax.tree.map(np.testing.assert_array_equal, imported, variables)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("layer1.0.conv1.weight", (1, 1, 64, 64)),  # HWIO's, as well as OIHW's with axes moved.
+        ("layer1.0.conv1.weight", (64, 64)),
+        ("layer1.1.conv1.weight", (1, 1, 256, 64)),
+        ("fc.weight", (2048, 1000)),
+        ("bn1.weight", (8, 8)),
+        ("bn1.weight", (1, 32, 2)),
+    ],
+)
+def test_axes_that_could_be_others_are_refused(key, shape):
+    arrays = export_checkpoint(numbered_variables("resnet50"), "resnet50")
+    expected = arrays[key].shape
+    arrays[key] = arrays[key].reshape(shape)
+    with pytest.raises(ValueError, match=re.escape(f"(1): {key} {shape}, not {expected}")):
+        import_checkpoint(arrays, "resnet50")
+
+
+def test_double_precision_is_rounded():
     variables = torch_resnet.random_variables("resnet18")
-    half = jax.tree.map(np.float16, variables)
+    arrays = export_checkpoint(variables, "resnet18")
+    wide = {key: array.astype(np.float64) * (1 + 1e-12) for key, array in arrays.items()}
+    counts = {key: array for key, array in arrays.items() if array.dtype == np.int64}
+    imported = import_checkpoint({**wide, **counts}, "resnet18")
+    assert {leaf.dtype for leaf in jax.tree.leaves(imported)} == {np.dtype(np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, imported, variables)
+
+
+def test_values_that_no_model_has_are_listed_in_one_error():
+    arrays = export_checkpoint(torch_resnet.random_variables("resnet18"), "resnet18")
+    arrays["fc.bias"][3] = np.nan
+    arrays["conv1.weight"][0, 0, 0, 0] = -np.inf
+    arrays["bn1.weight"] = np.full(64, 1e300)
+    arrays["bn1.running_var"][5] = -1e-3
+    with pytest.raises(ValueError, match="values of resnet18 must be finite") as error:
+        import_checkpoint(arrays, "resnet18")
+    message = str(error.value)
+    assert "not finite (2): fc.bias, conv1.weight" in message
+    assert "beyond float32 (1): bn1.weight" in message
+    assert "negative (1): bn1.running_var" in message
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_widened(dtype):
+    variables = torch_resnet.random_variables("resnet18")
+    half = jax.tree.map(lambda x: x.astype(dtype), variables)
     arrays = export_checkpoint(half, "resnet18")
-    assert arrays["conv1.weight"].dtype == np.float16
+    assert arrays["conv1.weight"].dtype == dtype
     imported = import_checkpoint(arrays, "resnet18")
     assert imported["params"]["stem_conv"]["kernel"].dtype == np.float32
-    jax.tree.map(np.testing.assert_array_equal, imported, half)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype)), imported, half)
 
 
 def test_lists_all_that_is_wrong_in_one_error():
@@ -178,7 +264,7 @@ def test_lists_all_that_is_wrong_in_one_error():
     del arrays["fc.bias"], arrays["bn1.weight"]
     arrays["layer5.0.conv1.weight"] = np.zeros(3)
     arrays["conv1.weight"] = np.zeros((64, 1, 7, 7), np.float32)
-    arrays["bn1.bias"] = arrays["bn1.bias"].astype(np.float64)
+    arrays["bn1.bias"] = arrays["bn1.bias"].astype(np.int64)
     with pytest.raises(ValueError, match="must be those of R-50-GN-WS") as error:
         import_checkpoint(arrays, "R-50-GN-WS")
     message = str(error.value)
@@ -187,7 +273,7 @@ def test_lists_all_that_is_wrong_in_one_error():
     assert "bn1.weight" in message
     assert "extra (1): layer5.0.conv1.weight" in message
     assert "misshapen (1): conv1.weight (64, 1, 7, 7), not (64, 3, 7, 7)" in message
-    assert "of another dtype (1): bn1.bias float64, not float32" in message
+    assert "of another dtype (1): bn1.bias int64, not float32" in message
     assert "no architecture known here" in message
 
 

@@ -30,6 +30,9 @@ _DENSE = _Layout(np.transpose, np.transpose)
 _GROUP = _Layout(lambda a: a.reshape(1, -1, 1), lambda a: a.reshape(-1))
 _COUNT = _Layout(lambda a: a.astype(np.int64), lambda a: a.astype(np.float32))
 
+# What DataParallel, torch.compile and a module that holds the model put before its keys.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+
 # Of a module here, its name there.
 _MODULES = (
     (r"stem_conv", "conv1"),
@@ -83,17 +86,23 @@ def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any
     evaluation uses them as they are, there as here. The count of batches becomes float32, exact up
     to 2^24; plain batch normalization, which in Flax counts nothing, drops it.
 
+    A shape may have more or fewer axes of length one than PyTorch's, such as (1, 1, 1, C) or
+    (1, C, 1, 1) for the scale of a normalization, if its other axes all have different lengths.
+    Floating-point numbers of any width become float32: wider ones are rounded.
+
     Args:
-        state_dict: NumPy arrays by key; a prefix ``module.`` is dropped. Or what a file of the
-            authors' holds: a dict with the arrays under ``state_dict``, and other things.
+        state_dict: NumPy arrays by key, or what a file of the authors' holds: a dict with the
+            arrays under ``state_dict``, and other things. The prefixes ``module.``, ``_orig_mod.``
+            and ``model.`` are dropped, in any order, where all keys have them.
         name: one of ``checkpoint_names()``.
 
     Returns:
         ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, batch_stats empty for GN.
 
     Raises:
-        ValueError: for an unknown name, or keys that are missing, too many, of another shape or of
-            a dtype that float32 cannot hold: it lists all four.
+        ValueError: for an unknown name; for keys that are missing, too many, of another shape or
+            not of numbers, listing all four; or for values that are not finite, beyond float32's
+            range, or negative variances, listing the keys of all three.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -110,10 +119,12 @@ def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any
     if problems := _problems(arrays, entries):
         first = f"The keys must be those of {name}, and are not:"
         raise ValueError("\n".join([first, *problems, _hint(arrays)]))
-    leaves = {
-        entry.path: entry.layout.to_flax(np.asarray(arrays[entry.key])).astype(entry.array.dtype)
-        for entry in entries
-    }
+    with np.errstate(over="ignore"):  # Told below, with the keys.
+        leaves = {entry.path: _converted(arrays[entry.key], entry) for entry in entries}
+    if problems := _bad_values(arrays, entries, leaves):
+        first = f"The values of {name} must be finite and its variances not negative; they are not:"
+        last = "The file is damaged or of training that diverged: use another, or an earlier one."
+        raise ValueError("\n".join([first, *problems, last]))
     return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
 
 
@@ -194,9 +205,29 @@ def _torch_module(module: str) -> str:
 
 
 def _strip_prefix(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays without the prefix that PyTorch's DataParallel adds to every key."""
+    """The arrays without the prefixes that wrappers of the model add to every key."""
     arrays: Mapping[str, np.ndarray] = state_dict.get("state_dict", state_dict)
-    return {key.removeprefix("module."): array for key, array in arrays.items()}
+    while prefixes := [p for p in _WRAPPERS if arrays and all(k.startswith(p) for k in arrays)]:
+        arrays = {key.removeprefix(prefixes[0]): array for key, array in arrays.items()}
+    return dict(arrays)
+
+
+def _converted(array: np.ndarray, entry: _Entry) -> np.ndarray:
+    array = np.asarray(array).reshape(entry.expected.shape)
+    return entry.layout.to_flax(array).astype(entry.array.dtype)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a shape is the one expected, or becomes it by axes of length one alone."""
+    axes = [size for size in shape if size != 1]
+    # Two axes of one length might be in another order, as HWIO's are in a 1x1 kernel.
+    distinct = len(set(axes)) == len(axes)
+    return shape == expected or (distinct and axes == [size for size in expected if size != 1])
+
+
+def _converts(dtype: np.dtype, expected: np.dtype) -> bool:
+    floats = jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(expected, jnp.floating)
+    return floats or np.can_cast(dtype, expected)
 
 
 def _untracked(entries: tuple[_Entry, ...]) -> set[str]:
@@ -216,14 +247,36 @@ def _problems(arrays: Mapping[str, np.ndarray], entries: tuple[_Entry, ...]) -> 
         "misshapen": [
             f"{key} {array.shape}, not {e.shape}"
             for key, array, e in pairs
-            if array.shape != e.shape
+            if not _fits(array.shape, e.shape)
         ],
         "of another dtype": [
             f"{key} {array.dtype}, not {e.dtype}"
             for key, array, e in pairs
-            if not np.can_cast(array.dtype, e.dtype)
+            if not _converts(array.dtype, e.dtype)
         ],
     }
+    return _listed(differences)
+
+
+def _bad_values(
+    arrays: Mapping[str, np.ndarray],
+    entries: tuple[_Entry, ...],
+    leaves: Mapping[tuple[str, ...], np.ndarray],
+) -> list[str]:
+    """One line for each kind of value that no model can have."""
+    bad: dict[str, list[str]] = {"not finite": [], "beyond float32": [], "negative": []}
+    for entry in entries:
+        array = np.asarray(arrays[entry.key])
+        if not np.isfinite(array).all():
+            bad["not finite"].append(entry.key)
+        elif not np.isfinite(leaves[entry.path]).all():
+            bad["beyond float32"].append(entry.key)
+        if entry.path[-1] == "var" and (array < 0).any():
+            bad["negative"].append(entry.key)
+    return _listed(bad)
+
+
+def _listed(differences: Mapping[str, list[str]]) -> list[str]:
     return [
         f"  {kind} ({len(keys)}): {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
         for kind, keys in differences.items()
