@@ -1,6 +1,7 @@
 import itertools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from wsbcn_flax.training import (
     Checkpointer,
+    Classification,
     JsonlWriter,
     LoopConfig,
     NonFiniteLossError,
@@ -112,6 +114,56 @@ def test_finished_run_is_evaluated_again_but_not_trained():
     )
     assert again is state
     assert results == {"eval_error": 0.5}
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_an_evaluation_that_is_not_finite_is_an_error(tmp_path, steps):
+    state = new_state()
+    if steps:
+        state, _ = fit(STEP, state, batches_from, config=config(steps))
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(NonFiniteLossError, match=r"\{'error': nan\} at step 4\. .*labels"):
+            fit(
+                STEP,
+                state,
+                batches_from,
+                config=config(4, checkpoint_every=3),
+                evaluate=lambda state: {"error": jnp.nan, "loss": 1.0},
+                checkpointer=checkpointer,
+            )
+        assert checkpointer.steps == (() if steps else (3,))
+
+
+def test_labels_outside_the_classes_stop_training():
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return nn.Dense(3)(images)
+
+    task = Classification(model=Linear(), label_smoothing=0.1)
+    batch = {"image": jnp.ones((4, 2)), "label": jnp.array([0, 1, 2, 3])}
+    state = TrainState.create(task.init(jax.random.key(0), batch), OPTIMIZER)
+    step = jax.jit(make_train_step(task.loss_fn, OPTIMIZER))
+    with pytest.raises(NonFiniteLossError, match=r"at step 1\..*labels outside the classes"):
+        fit(step, state, lambda done: itertools.repeat(batch), config=config(5))
+
+
+def test_batches_must_not_end():
+    with pytest.raises(ValueError, match=r"to step 5 .* none for step 3"):
+        fit(
+            STEP,
+            new_state(),
+            lambda done: itertools.islice(batches_from(done), 2),
+            config=config(5),
+        )
+
+
+def test_metrics_must_be_scalars():
+    def step(state, batch):
+        return state, {"loss": jnp.ones(4)}
+
+    with pytest.raises(ValueError, match=r"must be scalars.*\{'loss': \(4,\)\}"):
+        fit(step, new_state(), batches_from, config=config(1))
 
 
 def test_refuses_a_state_beyond_the_end():

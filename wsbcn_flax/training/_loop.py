@@ -2,22 +2,23 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
 from wsbcn_flax.training._checkpoint import Checkpointer
+from wsbcn_flax.training._evaluation import (
+    NonFiniteLossError,
+    as_floats,
+    check_evaluation,
+    non_finite,
+)
 from wsbcn_flax.training._micro_batches import Batch
 from wsbcn_flax.training._preemption import PreemptedError, StopRule
 from wsbcn_flax.training._progress import Progress
 from wsbcn_flax.training._state import TrainState
 from wsbcn_flax.training._step import TrainStep
 from wsbcn_flax.training._writers import MetricWriter, MultiWriter
-
-
-class NonFiniteLossError(FloatingPointError):
-    """Training stopped because a loss or gradient was NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,10 @@ def fit(
         The state after the last step, and its evaluation's metrics (empty without ``evaluate``).
 
     Raises:
-        ValueError: for a state beyond ``config.steps``.
-        NonFiniteLossError: at once when a loss or gradient norm is not finite; checkpoints saved
-            before stay as they are.
+        ValueError: for a state beyond ``config.steps``, batches that end before it, or metrics
+            that are not scalars.
+        NonFiniteLossError: at once when a loss, gradient norm or evaluation metric is not finite;
+            checkpoints saved before stay as they are.
         PreemptedError: when ``should_stop`` ended training early.
 
     Example:
@@ -109,9 +111,9 @@ def fit(
     with progress, _closing(make_batches(done)) as batches:
         previous = None
         if done == config.steps and evaluate is not None:
-            results = _evaluated(evaluate, state)
+            results = _evaluated(evaluate, state, done)
         for number in range(done + 1, config.steps + 1):
-            state, metrics = step(state, next(batches))
+            state, metrics = step(state, _next(batches, number, config.steps))
             if previous is not None:
                 _check_finite(*previous)
             previous = (number, metrics)
@@ -127,7 +129,7 @@ def fit(
                 continue
             values = _check_finite(number, metrics)
             if is_due["eval"] and evaluate is not None:
-                results = _evaluated(evaluate, state)
+                results = _evaluated(evaluate, state, number)
                 values |= results
             if is_due["log"] or (is_due["eval"] and evaluate is not None):
                 writer.write(number, values)
@@ -140,19 +142,31 @@ def fit(
 
 
 def _check_finite(number: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad:
+    values = as_floats(metrics)
+    if bad := non_finite(values):
         raise NonFiniteLossError(
             f"Training needs finite losses and gradients, received {bad} at step {number}. "
             "Earlier checkpoints are intact. Lower the learning rate, warm up longer, or look for "
-            "bad values in the data; resuming continues from the last checkpoint."
+            "labels outside the classes and bad values in the data; resuming continues from the "
+            "last checkpoint."
         )
     return values
 
 
-def _evaluated(evaluate, state: TrainState) -> dict[str, float]:
-    return {f"eval_{name}": value for name, value in evaluate(state).items()}
+def _next(batches: Iterator[Batch], number: int, steps: int) -> Batch:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"Training to step {steps} needs a batch for every step, received none for step "
+            f"{number}. make_batches must return an iterator that starts the data over as often as "
+            "needed."
+        ) from None
+
+
+def _evaluated(evaluate, state: TrainState, number: int) -> dict[str, float]:
+    metrics = check_evaluation(as_floats(evaluate(state)), where=f" at step {number}")
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def _divides(interval: int | None, number: int) -> bool:

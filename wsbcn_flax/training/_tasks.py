@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.training._micro_batches import Batch, Metrics
 
 
@@ -33,14 +34,23 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Softmax cross-entropy on batches of ``image`` [B, H, W, C] and ``label`` [B].
+    """Softmax cross-entropy on batches of ``image`` [B, H, W, C] and ``label``.
+
+    A label is one of two kinds. Class numbers are integers [B] from 0 to K - 1. Target
+    distributions are numbers [B, K], one-hot or soft as mixup makes them; they are not negative and
+    sum to 1, within 1 %. The error metrics compare with the most probable class of a target.
+
+    The loss with label smoothing s is ``(1 - s) * CE(label) + s * mean_k(-log p_k)``, computed in
+    float32 or wider. Any other label value, such as -1 or K, makes the loss and its gradient NaN;
+    ``fit`` and ``evaluate`` then raise ``NonFiniteLossError``.
 
     Attributes:
         model: called as ``model.apply(variables, images, train=...)``, returning logits [B, K].
         label_smoothing: probability spread evenly over all classes in the training loss.
 
     Raises:
-        ValueError: for label smoothing outside [0, 1).
+        ValueError: for label smoothing outside [0, 1); when traced, for a batch without the arrays
+            named here, or for labels or logits of another shape or dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -63,6 +73,7 @@ class Classification:
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
         """Variables of the model for images of the batch's shape, whatever their values."""
+        _check_names(batch, "image")
         images = jnp.zeros((1, *batch["image"].shape[1:]), batch["image"].dtype)
         return self.model.init(key, images, train=False)
 
@@ -70,6 +81,7 @@ class Classification:
         self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Mean cross-entropy, new batch_stats, and the fraction of errors as ``error``."""
+        _check_names(batch, "image", "label")
         logits, updates = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["image"],
@@ -77,31 +89,76 @@ class Classification:
             mutable=["batch_stats"],
             rngs={"dropout": rng},
         )
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype),
-            self.label_smoothing,
-        )
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-        error = jnp.mean(_is_wrong(logits, batch["label"]))
+        logits, label = _checked(logits, batch["label"])
+        loss = jnp.mean(_cross_entropy(logits, label, smoothing=self.label_smoothing))
+        error = jnp.mean(_is_wrong(logits, label))
         return loss, (updates.get("batch_stats", {}), {"error": error})
 
     def eval_fn(self, params: Any, batch_stats: Any, batch: Batch) -> Metrics:
-        """Sums over the samples whose ``mask`` is 1.
+        """Sums over the samples whose ``mask`` [B] is 1; the others may hold anything.
 
-        The loss, top-1 errors as ``error`` and, of more than five classes, ``top5_error``.
+        The sums are the loss, top-1 errors as ``error`` and, with more than five classes,
+        ``top5_error``.
         """
+        _check_names(batch, "image", "label", "mask")
         variables = {"params": params, "batch_stats": batch_stats}
-        logits = cast(jax.Array, self.model.apply(variables, batch["image"], train=False))
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        logits = self.model.apply(variables, batch["image"], train=False)
+        logits, label = _checked(logits, batch["label"])
+        if batch["mask"].shape != label.shape[:1]:
+            raise ValueError(
+                f"mask must have one number for each sample, shape {label.shape[:1]}, received "
+                f"{batch['mask'].shape}."
+            )
         valid = batch["mask"] > 0  # A selection: padding may hold anything.
-        values = {"loss": loss, "error": _is_wrong(logits, batch["label"])}
+        values = {"loss": _cross_entropy(logits, label), "error": _is_wrong(logits, label)}
         if logits.shape[-1] > 5:
-            values["top5_error"] = _is_wrong(logits, batch["label"], guesses=5)
+            values["top5_error"] = _is_wrong(logits, label, guesses=5)
         sums = {name: jnp.sum(jnp.where(valid, value, 0)) for name, value in values.items()}
         return {**sums, "count": jnp.sum(batch["mask"])}
 
 
+def _check_names(batch: Batch, *names: str) -> None:
+    if not set(names) <= set(batch):
+        padding = ", 1 for a sample and 0 for padding" if "mask" in names else ""
+        raise ValueError(
+            f"Classification needs batches of {', '.join(names)}{padding}, received one of "
+            f"{', '.join(batch) or 'nothing'}."
+        )
+
+
+def _checked(logits: Any, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits in float32 or wider, labels in a dtype that holds every class or probability."""
+    if getattr(logits, "ndim", None) != 2:
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise ValueError(f"A classifier must return logits [B, K], received {found}.")
+    logits, label = jnp.asarray(logits), jnp.asarray(label)
+    logits = logits.astype(statistics_dtype(logits.dtype))
+    if label.shape == logits.shape[:1] and jnp.issubdtype(label.dtype, jnp.integer):
+        return logits, label.astype(jnp.promote_types(label.dtype, jnp.int32))
+    if label.shape == logits.shape and not jnp.issubdtype(label.dtype, jnp.complexfloating):
+        return logits, label.astype(logits.dtype)
+    raise ValueError(
+        f"label must be class numbers, integers {logits.shape[:1]}, or target distributions "
+        f"{logits.shape}, received {label.dtype} {label.shape}. Class numbers may need "
+        "label.squeeze(-1) or label.astype(int); jax.nn.one_hot makes targets of them."
+    )
+
+
+def _cross_entropy(logits: jax.Array, label: jax.Array, *, smoothing: float = 0.0) -> jax.Array:
+    """The loss of each sample [B]; NaN, as is its gradient, where the label is not valid."""
+    if label.ndim == 1:  # A number that is no class, -1 for instance, becomes a row of zeros.
+        label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
+    total = jnp.sum(label, axis=-1, keepdims=True)
+    valid = jnp.all(label >= 0, axis=-1, keepdims=True) & (abs(total - 1) < 0.01)
+    # Of the targets and not of the loss, whose gradient a selection would make 0.
+    label = jnp.where(valid, label, jnp.nan)
+    # Safe where a class is ruled out by a logit of minus infinity.
+    return optax.safe_softmax_cross_entropy(logits, optax.smooth_labels(label, smoothing))
+
+
 def _is_wrong(logits: jax.Array, label: jax.Array, *, guesses: int = 1) -> jax.Array:
     """1 where the label is not among the classes of the largest logits, else 0."""
+    if label.ndim == 2:
+        label = jnp.argmax(label, axis=-1)
     _, guessed = lax.top_k(logits, guesses)
     return jnp.all(guessed != label[:, None], axis=-1).astype(jnp.float32)
