@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsbcn_flax.training import Partition
+from wsbcn_flax.training import Partition, TrainState
 
 MODES = ["jit", "shard_map", "pmap"]
 
@@ -86,3 +86,81 @@ def test_compact_is_the_same_step_in_less_memory(mode):
 def test_pmap_cannot_be_compact():
     with pytest.raises(ValueError, match=r'jax\.pmap does not take.*received "pmap"'):
         Partition(mode="pmap", compact=True)
+
+
+# --- batches and states that are not placed -----------------------------------------------------
+
+
+def add_mean(partition):
+    def step(state, batch):
+        total = jnp.mean(batch["x"])
+        name = partition.axis_name
+        return state + (total if name is None else jax.lax.pmean(total, name)), {}
+
+    return partition.compile(step, donate_state=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_uncommitted_batches_are_placed_by_the_step(mode, array):
+    partition = Partition(mode=mode)
+    state, _ = add_mean(partition)(jnp.float32(1), {"x": array(np.arange(8.0)), "none": None})
+    assert float(state) == 4.5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_steps_refuse_what_devices_cannot_split(mode, devices):
+    partition = Partition(mode=mode, devices=jax.devices()[:devices])
+    step, state = add_mean(partition), partition.place_state(jnp.float32(1))
+    for take in (lambda batch: step(state, batch), partition.place_batch):
+        for scalar in (1.0, np.float32(1), jnp.float32(1)):
+            with pytest.raises(ValueError, match=r"leading batch axis, received batch\['x'\] of"):
+                take({"x": scalar})
+        with pytest.raises(ValueError, match=r"batch\['x'\]\[0\] of shape .*np\.asarray"):
+            take({"x": [1.0] * 8})
+        if devices > 1:
+            for array in (np.zeros, jnp.zeros):
+                with pytest.raises(ValueError, match=r"divide the batch.* 10 for 8 devices"):
+                    take({"x": array((10, 3))})
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+@pytest.mark.parametrize("where", ["one device", "every device", "half"])
+def test_steps_refuse_a_batch_that_is_committed_elsewhere(mode, where):
+    shardings = {
+        "one device": jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        "every device": jax.NamedSharding(Partition().mesh, jax.P()),
+        "half": jax.NamedSharding(Partition(devices=jax.devices()[:4]).mesh, jax.P("data")),
+    }
+    partition = Partition(mode=mode)
+    batch = {"x": jax.device_put(jnp.arange(8.0), shardings[where])}
+    with pytest.raises(ValueError, match=r"over the 8 devices .* batch\['x'\] with .*place_batch"):
+        add_mean(partition)(jnp.float32(1), batch)
+    state, _ = add_mean(partition)(jnp.float32(1), partition.place_batch(jax.device_get(batch)))
+    assert float(state) == 4.5
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+def test_a_donated_state_is_refused(mode):
+    """JAX's answer may be the end of the process."""
+    partition = Partition(mode=mode)
+    compiled = partition.compile(lambda state, batch: (jax.tree.map(jnp.negative, state), {}))
+    batch = partition.place_batch({"x": np.zeros(8, np.float32)})
+    for state in (jnp.ones(3), {"w": jnp.ones(3)}, TrainState(jnp.int32(0), {}, {}, ())):
+        state = partition.place_state(state)
+        compiled(state, batch)
+        with pytest.raises(ValueError, match=r"newest state.*donate_state=False"):
+            compiled(state, batch)
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+def test_a_compiled_step_can_be_looked_into(mode):
+    partition = Partition(mode=mode)
+    step, arguments = add_mean(partition), (jnp.float32(1), {"x": jnp.arange(8.0)})
+    assert isinstance(step, jax.stages.Wrapped)
+    assert step.__name__ == "step"
+    assert step.eval_shape(*arguments)[0].shape == ()
+    assert step.trace(*arguments).jaxpr.in_avals[1].shape == (8,)
+    assert float(step.lower(*arguments).compile()(*arguments)[0]) == 4.5
+    assert float(jax.jit(step)(*arguments)[0]) == 4.5

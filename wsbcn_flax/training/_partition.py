@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -88,11 +89,33 @@ class Partition:
     def compile(self, step: Callable[[Any, Any], Any], *, donate_state: bool = True) -> Callable:
         """Compiles ``step(state, batch)``, whose outputs must be the same on every device.
 
+        The callable it returns takes what ``place_state`` and ``place_batch`` return, or arrays
+        that are committed to no device, such as NumPy's. It raises a ValueError for a batch that
+        the devices do not divide, a batch committed to devices in another way, and a state that
+        was donated before. Except with "pmap", it has the ``lower``, ``trace`` and ``eval_shape``
+        of ``jax.jit``.
+
         Args:
             step: a training or evaluation step made with this partition's ``axis_name``.
             donate_state: reuses the memory of the state given to it (not with "pmap"); False for
                 steps that do not return a new one.
         """
+        compiled = self._compiled(step, donate_state=donate_state)
+
+        @functools.wraps(step, updated=())
+        def checked(state, batch):
+            _check_alive(state)
+            _check_divisible(batch, self.mesh.size)
+            if self.mode != "pmap":
+                self._check_split(batch)
+            return compiled(state, batch)
+
+        for name in ("lower", "trace", "eval_shape", "clear_cache"):
+            if hasattr(compiled, name):
+                setattr(checked, name, getattr(compiled, name))
+        return checked
+
+    def _compiled(self, step: Callable[[Any, Any], Any], *, donate_state: bool) -> Callable:
         if self.mode == "pmap":
             mapped = jax.pmap(
                 step,
@@ -148,17 +171,23 @@ class Partition:
         """Splits arrays [B, ...] of this process's part of the batch over its devices.
 
         Raises:
-            ValueError: if the number of devices does not divide B.
+            ValueError: if the number of devices does not divide B, or a leaf has no axis B.
         """
-        local = self.mesh.local_mesh.size
-        for array in jax.tree.leaves(batch):
-            if array.shape[0] % local:
-                raise ValueError(
-                    f"The number of devices must divide the batch, received a batch of "
-                    f"{array.shape[0]} for {local} devices. Change the batch size, or pass fewer "
-                    "devices."
-                )
+        _check_divisible(batch, self.mesh.local_mesh.size)
         return jax.make_array_from_process_local_data(self._sharding(P(AXIS_NAME)), batch)
+
+    def _check_split(self, batch: Any) -> None:
+        """Arrays that are committed to devices must be split as ``place_batch`` splits them."""
+        for path, array in jax.tree.leaves_with_path(batch):
+            if not _is_concrete(array) or not array.committed:
+                continue
+            share = (array.shape[0] // self.mesh.size, *array.shape[1:])
+            if array.sharding.shard_shape(array.shape) != share:
+                raise ValueError(
+                    f"A batch must be split over the {self.mesh.size} devices of the partition, "
+                    f"received batch{jax.tree_util.keystr(path)} with the sharding "
+                    f"{array.sharding}. Pass what place_batch returns, or NumPy arrays."
+                )
 
     def _within_mesh(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Lets operations know, while they are traced, how many devices share their arrays."""
@@ -190,3 +219,35 @@ class Partition:
     def _stack(self, array: jax.Array) -> jax.Array:
         devices = self.mesh.size
         return array.reshape(devices, array.shape[0] // devices, *array.shape[1:])
+
+
+def _check_divisible(batch: Any, devices: int) -> None:
+    """Every array of a batch must have a leading axis that the devices divide."""
+    for path, array in jax.tree.leaves_with_path(batch):
+        shape = np.shape(array)
+        if not shape:
+            raise ValueError(
+                "Every array of a batch must have a leading batch axis, received "
+                f"batch{jax.tree_util.keystr(path)} of shape (). Make a list an array with "
+                "np.asarray, repeat a number for every sample, or keep it in the state."
+            )
+        if shape[0] % devices:
+            raise ValueError(
+                f"The number of devices must divide the batch, received a batch of {shape[0]} for "
+                f"{devices} devices. Change the batch size, or pass fewer devices."
+            )
+
+
+def _check_alive(state: Any) -> None:
+    """A donated state is refused, which XLA may answer by ending the process."""
+    # A step donates all arrays of a state at once: one that every step uses tells.
+    arrays = [state.step] if isinstance(state, TrainState) else jax.tree.leaves(state)
+    if any(_is_concrete(array) and array.is_deleted() for array in arrays):
+        raise ValueError(
+            "A step needs the newest state, received one whose memory an earlier step has reused. "
+            "Keep the state that the step returned, or compile with donate_state=False."
+        )
+
+
+def _is_concrete(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not isinstance(array, Tracer)
