@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.training.dynamic_scale import DynamicScale
 
 from experiments._baselines import BarrierBatchNorm, NaiveBatchChannelNorm, NoNorm
 from experiments._config import ModelConfig, NormConfig, Recipe, WeightConfig
 from wsbcn_flax import BatchChannelNorm, WeightStandardization, models
+from wsbcn_flax.transforms import normalized_convolutions
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{
@@ -71,11 +73,30 @@ def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[.
             )
 
 
-def make_transform(config: WeightConfig) -> WeightStandardization | None:
-    """The parameter transform a configuration names."""
+def make_transform(
+    config: WeightConfig,
+    *,
+    model: nn.Module | None = None,
+    image_shape: tuple[int, int, int] = (32, 32, 3),
+) -> WeightStandardization | None:
+    """Makes the parameter transform a configuration names.
+
+    Args:
+        config: Configuration of the transform.
+        model: Network to transform. It is traced to find the convolutions that a normalization
+            follows. Without it, they are guessed from the names of the parameters.
+        image_shape: Shape [H, W, C] of an image that the network takes.
+    """
     if config.kind == "none":
         return None
-    return WeightStandardization(preset=config.preset if config.kind == "ws" else config.kind)
+    where = None
+    if model is not None:
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        # The convolutions are the same with any normalization, and this one is quick to trace.
+        traced = model.clone(norm=nn.LayerNorm)
+        where = normalized_convolutions(traced, images, train=False)
+    preset = config.preset if config.kind == "ws" else config.kind
+    return WeightStandardization(preset=preset, where=where)
 
 
 def make_model(recipe: Recipe, *, num_classes: int, axis_name: str | None = None) -> nn.Module:

@@ -15,6 +15,7 @@ from experiments._config import Recipe, WeightConfig, recipe_from_dict
 from experiments._data import load_dataset
 from experiments._models import make_model, make_transform
 from experiments._run import make_state, make_steps
+from wsbcn_flax import WeightStandardization
 from wsbcn_flax.training import Checkpointer, Classification, Partition, TrainState
 
 _KEY = "wsbcn_flax"
@@ -51,9 +52,15 @@ class Packaged:
         params, batch_stats = self.variables["params"], self.variables["batch_stats"]
         return TrainState(jnp.int32(0), params, batch_stats, ())
 
+    @property
+    def transform(self) -> WeightStandardization | None:
+        """The transform of the raw parameters that the recipe trains with, if any."""
+        model = make_model(self.recipe, num_classes=len(self.class_names))
+        return make_transform(self.recipe.weight, model=model, image_shape=self.image_shape)
+
     def folded(self) -> "Packaged":
         """The same function with plain kernels: nothing is standardized any more."""
-        transform = make_transform(self.recipe.weight)
+        transform = self.transform
         if transform is None:
             return self
         params = jax.device_get(transform(self.variables["params"]))

@@ -15,6 +15,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 from experiments._config import BatchConfig, Recipe
 from experiments._data import Dataset, load_dataset
+from experiments._data_specs import DATA_SPECS
 from experiments._models import make_loss_scale, make_model, make_transform
 from wsbcn_flax import WeightStandardization
 from wsbcn_flax.training import (
@@ -189,11 +190,10 @@ def make_steps(
     recipe: Recipe, partition: Partition, *, num_classes: int, steps_per_epoch: int
 ) -> Steps:
     """The steps of a recipe, to compile with ``partition``."""
-    task = Classification(
-        model=make_model(recipe, num_classes=num_classes, axis_name=partition.axis_name),
-        label_smoothing=recipe.label_smoothing,
-    )
-    transform = make_transform(recipe.weight)
+    model = make_model(recipe, num_classes=num_classes, axis_name=partition.axis_name)
+    task = Classification(model=model, label_smoothing=recipe.label_smoothing)
+    image_shape = DATA_SPECS[recipe.data.name].image_shape
+    transform = make_transform(recipe.weight, model=model, image_shape=image_shape)
     schedule = recipe.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=recipe.epochs)
     optimizer = recipe.optim.make(schedule)
     train = make_train_step(

@@ -10,7 +10,6 @@ import tyro
 from experiments._command import run_command
 from experiments._data import load_dataset
 from experiments._files import write_json
-from experiments._models import make_transform
 from experiments._packaged import Packaged, load_model
 from experiments._results import metric_table
 from wsbcn_flax.training import Partition, Progress, evaluate, make_eval_step
@@ -73,8 +72,7 @@ def evaluate_model(packaged: Packaged, options: EvaluateOptions) -> dict[str, fl
             progress.update(number, {})
 
     with Progress("evaluate", total=total) as progress:
-        transform = make_transform(packaged.recipe.weight)
-        return evaluate(step, state, batches(progress), transform=transform)
+        return evaluate(step, state, batches(progress), transform=packaged.transform)
 
 
 if __name__ == "__main__":

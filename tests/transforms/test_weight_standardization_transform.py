@@ -1,8 +1,13 @@
 """WeightStandardization on a plain model is the same model built from WSConv."""
 
+import functools
+
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from oracles import normal, tree_relative_error
@@ -10,6 +15,8 @@ from oracles import normal, tree_relative_error
 from wsbcn_flax import WeightStandardization, WSConv, WSConvTranspose, standardize
 from wsbcn_flax.models import CifarResNet
 from wsbcn_flax.ops import PRESETS
+from wsbcn_flax.training import TrainState, make_train_step
+from wsbcn_flax.transforms import ConvolutionKernel, normalized_convolutions
 
 X = normal(1, 2, 8, 8, 3)
 
@@ -99,7 +106,13 @@ def test_folded_parameters_run_in_the_plain_model():
 
 
 @pytest.mark.parametrize(
-    "name", ["head", "fc", "classifier", "cls_logits", "rpn_predictor", "Head_0"]
+    "name",
+    [
+        *("head", "heads", "fc", "out", "output", "pred", "predictions", "final", "classifier"),
+        *("bbox_pred", "cls_score", "rpn_cls", "mask_out", "decoder_head", "cls_logits"),
+        *("rpn_predictor", "box_scores", "final_conv", "out_layer", "outconv", "conv_out"),
+        *("Head_0", "head2", "MaskHead_0", "OutputConv_1", "BBOX_PRED", "bbox_pred_3"),
+    ],
 )
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_heads_are_never_taken(name, use_bias):
@@ -111,6 +124,15 @@ def test_heads_are_never_taken(name, use_bias):
         "deep": {name: {"inner": kernel}},
     }
     assert WeightStandardization().paths(params) == ["conv/kernel"]
+
+
+@pytest.mark.parametrize(
+    "name", ["scores_conv1x1", "outer", "headless", "prediction_tower", "conv_in", "route", "fcn"]
+)
+def test_other_names_are_taken(name):
+    """Only the end of a name says that it is an output."""
+    params = {name: {"kernel": jnp.ones((3, 3, 4, 4))}, "norm": {"scale": jnp.ones(4)}}
+    assert WeightStandardization().paths(params) == [f"{name}/kernel"]
 
 
 def test_a_convolution_with_a_bias_needs_a_normalization_beside_it():
@@ -129,6 +151,14 @@ def test_a_convolution_with_a_bias_needs_a_normalization_beside_it():
         "normalized_by_bcn/conv/kernel",
         "no_bias/conv/kernel",
     ]
+
+
+def test_nothing_is_taken_where_no_normalization_is():
+    params = {"conv": {"kernel": jnp.ones((3, 3, 4, 4))}, "norm": {"bias": jnp.ones(4)}}
+    message = r"\[conv/kernel\]. No normalization .*where=normalized_convolutions\(model, inputs\)"
+    with pytest.raises(ValueError, match=message):
+        WeightStandardization()(params)
+    assert WeightStandardization(where="conv").paths(params) == ["conv/kernel"]
 
 
 def test_takes_every_convolution_of_the_models_and_not_the_head():
@@ -195,7 +225,8 @@ def test_transposed_convolutions_by_a_second_transform():
 
 
 def test_errors_name_the_kernel():
-    params = {"block": {"depthwise": {"kernel": jnp.ones((1, 1, 1, 8))}}}
+    block = {"depthwise": {"kernel": jnp.ones((1, 1, 1, 8))}, "norm": {"scale": jnp.ones(8)}}
+    params = {"block": block}
     with pytest.raises(ValueError, match=r"block/depthwise/kernel: .*fan-in of at least 2"):
         WeightStandardization()(params)
 
@@ -211,3 +242,246 @@ def test_patterns_in_a_list_can_be_compiled():
     ws = WeightStandardization(where=["conv*"])
     params = {"conv": {"kernel": normal(0, 3, 3, 2, 4)}}
     assert tree_relative_error(jax.jit(ws)(params), ws(params)) < 1e-5
+
+
+def test_exact_paths_are_taken_literally():
+    """Beside patterns, too; and a pattern that is a path matches that path."""
+    kernel = jnp.ones((3, 3, 2, 4))
+    params = {name: {"kernel": kernel} for name in ("conv[0]", "conv0", "conv*", "convolution")}
+    exact = tuple(ConvolutionKernel(f"{name}/kernel", 4) for name in ("conv[0]", "conv*"))
+    transform = WeightStandardization(where=exact)
+    assert transform.paths(params) == ["conv[0]/kernel", "conv*/kernel"]
+    assert hash(transform) == hash(WeightStandardization(where=list(exact)))
+    mixed = WeightStandardization(where=(exact[0], "conv0"))
+    assert mixed.paths(params) == ["conv[0]/kernel", "conv0/kernel"]
+    assert WeightStandardization(where="conv[0]/kernel").paths({"conv[0]": {"kernel": kernel}})
+
+
+def test_exact_rules_must_fit_the_parameters():
+    with pytest.raises(ValueError, match=r"\['conv/kernel'\] matched none of"):
+        WeightStandardization(where=(ConvolutionKernel("conv/kernel", 4),))(PARAMS)
+    with pytest.raises(ValueError, match=r"at least the 5 axes .*received shape \(3, 3, 2, 4\)"):
+        WeightStandardization(where=(ConvolutionKernel("encoder/conv1/kernel", 5),))(PARAMS)
+    with pytest.raises(TypeError, match=r"patterns and ConvolutionKernels, received 4"):
+        WeightStandardization(where=("encoder/conv1", 4))(PARAMS)
+
+
+def test_each_kernel_of_a_model_has_its_own_output_axis():
+    class Decoder(nn.Module):
+        conv: type[nn.Module]
+        up: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.GroupNorm(4)(self.conv(8, (3, 3), name="conv")(x))
+            x = nn.GroupNorm(4)(self.up(4, (2, 2), transpose_kernel=True, name="up")(x))
+            return nn.Conv(2, (1, 1), name="anything")(x)
+
+    for preset in ("bcn", "nfnet"):
+        conv, up = (functools.partial(layer, preset=preset) for layer in (WSConv, WSConvTranspose))
+        ws_model, plain = Decoder(conv, up), Decoder(nn.Conv, nn.ConvTranspose)
+        params = perturbed(ws_model.init(jax.random.key(0), X)["params"])
+        ws = WeightStandardization(preset=preset, where=normalized_convolutions(plain, X))
+        actual = plain.apply({"params": ws(params)}, X)
+        assert tree_relative_error(actual, ws_model.apply({"params": params}, X)) < 1e-5
+
+
+class Block(nn.Module):
+    conv: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.relu(nn.GroupNorm(4, name="norm")(self.conv(8, (3, 3), name="conv")(x))), None
+
+
+class Stack(nn.Module):
+    """A stem, blocks in one array (of layers or of an ensemble's members), a convolutional head."""
+
+    conv: type[nn.Module]
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.GroupNorm(4, name="norm")(self.conv(8, (3, 3), name="stem")(x)))
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        if self.kind == "scan":
+            x, _ = nn.scan(Block, length=3, **axes)(self.conv, name="blocks")(x, None)
+        else:
+            mapped = nn.vmap(Block, in_axes=None, axis_size=3, **axes)
+            x = mapped(self.conv, name="blocks")(x)[0].mean(0)
+        return nn.Conv(5, (1, 1), name="head")(x)
+
+
+@pytest.mark.parametrize("preset", ["bcn", "nfnet"])
+@pytest.mark.parametrize("kind", ["scan", "vmap"])
+def test_stacked_layers_equal_the_stack_of_ws_conv(kind, preset):
+    """By the model, which knows the layers' axes, and by patterns with them stated."""
+    ws_model = Stack(functools.partial(WSConv, preset=preset), kind)
+    plain = Stack(nn.Conv, kind)
+    fresh = ws_model.init(jax.random.key(0), X)["params"]
+    params = perturbed(fresh)
+    expected = ws_model.apply({"params": params}, X)
+    exact = WeightStandardization(preset=preset, where=normalized_convolutions(plain, X))
+    stem = WeightStandardization(preset=preset, where="stem")
+    layers = WeightStandardization(preset=preset, where="blocks/*/kernel", stacked_axes=1)
+    for transform in (exact, lambda params: layers(stem(params))):
+        actual = plain.apply({"params": transform(params)}, X)
+        assert tree_relative_error(actual, expected) < 1e-5
+    plain_params = plain.init(jax.random.key(0), X)["params"]
+    with_gains = exact.with_gains(plain_params)
+    assert jax.tree.map(jnp.shape, with_gains) == jax.tree.map(jnp.shape, fresh)
+    # All layers as one would be something else.
+    flattened = jax.tree.map(lambda x: x, params)
+    flattened["blocks"]["conv"]["kernel"] = standardize(params["blocks"]["conv"]["kernel"])
+    wrong = plain.apply({"params": stem(flattened)}, X)
+    assert tree_relative_error(wrong, expected) > 1e-2
+
+
+@pytest.mark.parametrize("where", ["model", "default"])
+def test_an_ensemble_of_whole_trees(where):
+    ws_model, plain = (Net(conv, use_bias=True) for conv in (WSConv, nn.Conv))
+    params = jax.vmap(lambda key: ws_model.init(key, X)["params"])(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    if where == "model":
+        ws = WeightStandardization(where=normalized_convolutions(plain, X))
+    else:
+        ws = WeightStandardization(stacked_axes=1)
+    actual, expected = (
+        jax.vmap(lambda params, model=model: model.apply({"params": params}, X))(tree)
+        for model, tree in ((plain, ws(params)), (ws_model, params))
+    )
+    assert tree_relative_error(actual, expected) < 1e-5
+
+
+STACKED = {
+    "conv": {"kernel": jnp.ones((3, 3, 3, 2, 4))},
+    "norm": {"scale": jnp.ones((3, 4))},
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        (STACKED, {}, r"conv/kernel \(3, 3, 3, 2, 4\) .*norm/scale \(3, 4\) .*stacked_axes=0"),
+        (STACKED, {"where": "conv"}, r"or pass stacked_axes=1, with where= patterns"),
+        (STACKED, {"stacked_axes": 2}, r"does not fit stacked_axes=2"),
+        (
+            {"conv": {"kernel": jnp.ones((5, 3, 2, 4)), "bias": jnp.ones((5, 4))}},
+            {"where": lambda path, array: path == "conv/kernel"},
+            r"conv/bias \(5, 4\) does not fit stacked_axes=0",
+        ),
+        (
+            {"stem": {"kernel": jnp.ones((7, 7, 3, 8))}, "norm": {"scale": jnp.ones(8)}},
+            {"stacked_axes": 1},
+            r"norm/scale \(8,\) does not fit stacked_axes=1.*pass stacked_axes=0",
+        ),
+        (
+            {"blocks": {"conv": STACKED["conv"]}, "other": {"norm": {"scale": jnp.ones(4)}}},
+            {},
+            r"may be a stack of layers .*ConvolutionKernel\('blocks/conv/kernel', ndim=5\)",
+        ),
+        (
+            {"conv": {"kernel": jnp.ones((2, 3, 3, 3, 2, 4))}, "norm": {"scale": jnp.ones(4)}},
+            {},
+            r"may be a stack of layers with stacked_axes=0",
+        ),
+    ],
+)
+def test_refuses_what_may_be_a_stack(params, options, message):
+    with pytest.raises(ValueError, match=message):
+        WeightStandardization(**options)(params)
+
+
+def test_convolutions_over_three_axes_are_told_from_stacks():
+    kernel = normal(0, 3, 3, 3, 2, 4)
+    beside = {"conv": {"kernel": kernel}, "norm": {"scale": jnp.ones(4)}}
+    around = {"inner": {"conv": {"kernel": kernel}}, "norm": {"scale": jnp.ones(4)}}
+    biased = {"conv": {"kernel": kernel, "bias": jnp.ones(4)}}
+    for params, where in ((beside, None), (around, None), (biased, "conv")):
+        (path,) = WeightStandardization(where=where).paths(params)
+        assert (flat(WeightStandardization(where=where)(params))[path] == standardize(kernel)).all()
+
+
+def test_refuses_a_negative_number_of_axes():
+    with pytest.raises(ValueError, match=r"stacked_axes .*received -1"):
+        WeightStandardization(stacked_axes=-1)
+
+
+@pytest.mark.parametrize("freeze", [flax.core.freeze, dict])
+def test_dictionaries_come_back_as_the_kind_they_were(freeze):
+    """In a training step the parameters' structure must not change; empty modules stay too."""
+    params = freeze(Net(nn.Conv).init(jax.random.key(0), X)["params"] | {"empty": {}})
+    transform = WeightStandardization(preset="nfnet")
+    with_gains = transform.with_gains(params)
+    assert type(with_gains) is type(params)
+    assert jax.tree.structure(transform(params)) == jax.tree.structure(params)
+    assert jax.tree.structure(transform(with_gains)) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(
+    "box", [nn.with_partitioning, nn.with_logical_partitioning], ids=["mesh", "logical"]
+)
+@pytest.mark.parametrize("where", ["model", "default"])
+def test_boxes_keep_their_names(box, where):
+    init = box(nn.initializers.lecun_normal(), (None, None, None, "model"))
+    model = Net(functools.partial(nn.Conv, kernel_init=init))
+    boxed = model.init(jax.random.key(0), X)["params"]
+    rule = normalized_convolutions(model, X) if where == "model" else None
+    transform = WeightStandardization(preset="nfnet", where=rule)
+    assert transform.paths(boxed) == ["conv0/kernel", "conv1/kernel"]
+    after = transform(transform.with_gains(boxed))
+    kernel = after["conv0"]["kernel"]
+    assert type(kernel) is type(boxed["conv0"]["kernel"])
+    assert kernel.names == (None, None, None, "model")
+    assert jax.tree.structure(after) == jax.tree.structure(boxed)
+    expected = transform(nn.unbox(boxed))
+    outputs = (model.apply({"params": params}, X) for params in (after, expected))
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(after), expected)
+    np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "boxed"])
+def test_a_training_step_keeps_the_parameters_structure(kind):
+    init = nn.initializers.lecun_normal()
+    if kind == "boxed":
+        init = nn.with_partitioning(init, (None, None, None, "model"))
+    model = Net(functools.partial(nn.Conv, kernel_init=init))
+    transform = WeightStandardization(preset="nfnet", where=normalized_convolutions(model, X))
+    params = transform.with_gains(model.init(jax.random.key(0), X)["params"])
+    params = flax.core.freeze(params) if kind == "frozen" else params
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        return jnp.mean(model.apply({"params": params}, batch) ** 2), (batch_stats, {})
+
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(make_train_step(loss_fn, optimizer, transform=transform))
+    state, _ = step(TrainState.create({"params": params}, optimizer), X)
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, params)
+    assert all(jax.tree.leaves(changed["conv0"]))
+
+
+def test_boxes_in_stacked_layers():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None, None, "model"))
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"metadata_params": {nn.PARTITION_NAME: "layers"}, "length": 3}
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            conv = functools.partial(nn.Conv, kernel_init=init)
+            return nn.scan(Block, **axes, **options)(conv, name="blocks")(x, None)[0]
+
+    x = normal(0, 2, 8, 8, 8)
+    params = Model().init(jax.random.key(0), x)["params"]
+    kernel = WeightStandardization(where=normalized_convolutions(Model(), x))(params)
+    kernel = kernel["blocks"]["conv"]["kernel"]
+    assert kernel.names == ("layers", None, None, None, "model")
+    expected = jax.vmap(standardize)(params["blocks"]["conv"]["kernel"].value)
+    assert tree_relative_error(kernel.value, expected) < 1e-6
+
+
+def test_refuses_what_is_not_a_tree_of_parameters():
+    with pytest.raises(TypeError, match=r"nested dictionaries .*received list"):
+        WeightStandardization()([PARAMS])

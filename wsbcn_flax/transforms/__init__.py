@@ -11,10 +11,13 @@ from wsbcn_flax.transforms._checkpoints import (
     import_checkpoint,
 )
 from wsbcn_flax.transforms._fold import fold_weight_standardization
+from wsbcn_flax.transforms._normalized_convolutions import normalized_convolutions
+from wsbcn_flax.transforms._path_rules import ConvolutionKernel
 from wsbcn_flax.transforms._weight_standardization import WeightStandardization
 
 __all__ = [
     "CheckpointSpec",
+    "ConvolutionKernel",
     "WeightStandardization",
     "checkpoint_names",
     "checkpoint_spec",
@@ -22,4 +25,5 @@ __all__ = [
     "fold_weight_standardization",
     "guess_checkpoint_name",
     "import_checkpoint",
+    "normalized_convolutions",
 ]

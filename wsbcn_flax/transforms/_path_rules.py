@@ -1,81 +1,225 @@
-"""Which leaves of a parameter tree a transform applies to."""
+"""Rules that choose kernels in a parameter tree, by their paths."""
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
+Leaves = Mapping[str, jax.Array]
 PathPredicate = Callable[[str, jax.Array], bool]
-PathRule = None | str | Sequence[str] | PathPredicate
 
-_HEAD = re.compile(r"(head|fc|(.*_)?(classifier|logits|predictor))(_?\d+)?", re.IGNORECASE)
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionKernel:
+    """The exact path and the layout of one convolution kernel, for a transform to take.
+
+    ``normalized_convolutions`` returns a tuple of these. The path is taken literally: characters
+    that mean something in shell patterns do not here.
+
+    Attributes:
+        path: Path of the kernel in the parameters, such as "block1/conv2/kernel".
+        ndim: Number of axes of one layer's kernel. Any further axes in the parameters must lead;
+            they count separate layers, as ``nn.scan``, ``nn.vmap`` and ensembles stack them.
+        out_axis: Axis of the output channels, in one layer's kernel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from wsbcn_flax import WeightStandardization
+        >>> from wsbcn_flax.transforms import ConvolutionKernel
+        >>> ws = WeightStandardization(where=(ConvolutionKernel("conv[0]/kernel", ndim=4),))
+        >>> ws.paths({"conv[0]": {"kernel": jnp.ones((3, 3, 8, 4))}})
+        ['conv[0]/kernel']
+    """
+
+    path: str
+    ndim: int
+    out_axis: int = -1
+
+
+PathRule = None | str | Sequence[str | ConvolutionKernel] | PathPredicate
+
+
+class Selected(NamedTuple):
+    """A kernel that a rule takes: its path, output axis, and number of leading layer axes."""
+
+    path: str
+    out_axis: int
+    stacked_axes: int
+
+
+# Words that end the name of an output layer: bbox_pred, cls_score, rpn_cls, final_conv, Head_0.
+_HEAD = re.compile(
+    r"fc(_?\d+)?|"
+    r"(.*_)?(heads?|outs?|outputs?|preds?|predictions?|predictors?|classifiers?|logits?|scores?"
+    r"|cls|final)(_?(convs?|layers?))?(_?\d+)?",
+    re.IGNORECASE,
+)
+_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _NORM_SCALES = ("scale", "batch_scale")
 
 
-def select_paths(leaves: Mapping[str, jax.Array], where: PathRule) -> list[str]:
-    """The paths among ``leaves`` ("a/b/kernel" -> array) that the rule takes, in their order.
+def select_kernels(
+    leaves: Leaves, where: PathRule, *, out_axis: int, stacked_axes: int
+) -> list[Selected]:
+    """Returns the kernels among ``leaves`` ("a/b/kernel" -> array) that the rule takes, in order.
 
     Raises:
-        ValueError: if the rule, or one of its patterns, matches nothing.
+        TypeError: If the rule is of an unknown type.
+        ValueError: If the rule or one of its patterns matches nothing, or a kernel's number of
+            layer axes contradicts ``stacked_axes``.
     """
+    scales = _scales_by_scope(leaves)
+    exact: dict[str, ConvolutionKernel] = {}
     if callable(where):
-        selected = {path for path, leaf in leaves.items() if where(path, leaf)}
+        matched = {path for path, leaf in leaves.items() if where(path, leaf)}
     elif where is None:
-        selected = {path for path in leaves if _is_normalized_convolution(path, leaves)}
+        matched = {
+            path
+            for path in leaves
+            if _is_normalized_convolution(path, leaves, scales, stacked_axes=stacked_axes)
+        }
     else:
-        patterns = (where,) if isinstance(where, str) else tuple(where)
-        matches = {pattern: _match(pattern, leaves) for pattern in patterns}
-        unmatched = [pattern for pattern, paths in matches.items() if not paths]
-        if unmatched:
-            raise ValueError(_nothing_matched(f"the patterns {unmatched}", leaves))
-        selected = {path for paths in matches.values() for path in paths}
-    if not selected:
+        entries = (where,) if isinstance(where, str) else tuple(where)
+        exact = {entry.path: entry for entry in entries if isinstance(entry, ConvolutionKernel)}
+        matched = _match_entries(entries, leaves)
+    if not matched:
         rule = "the default rule" if where is None else f"where={where!r}"
-        raise ValueError(_nothing_matched(rule, leaves))
-    return [path for path in leaves if path in selected]
+        raise ValueError(_nothing_matched(rule, leaves, has_norms=bool(scales)))
+    selected = []
+    for path in (path for path in leaves if path in matched):
+        if path in exact:
+            selected.append(_locate(exact[path], leaves[path]))
+        else:
+            _check_stacking(path, leaves, scales, stacked_axes)
+            selected.append(Selected(path, out_axis, stacked_axes))
+    return selected
 
 
-def _match(pattern: str, leaves: Mapping[str, jax.Array]) -> list[str]:
+def sibling(path: str, name: str) -> str:
+    """Returns the path of another parameter of the same module."""
+    return f"{_parent(path)}/{name}".removeprefix("/")
+
+
+def _match_entries(entries: Sequence[str | ConvolutionKernel], leaves: Leaves) -> set[str]:
+    matches: dict[str, list[str]] = {}
+    for entry in entries:
+        if isinstance(entry, ConvolutionKernel):
+            matches[entry.path] = [entry.path] if entry.path in leaves else []
+        elif isinstance(entry, str):
+            matches[entry] = _match(entry, leaves)
+        else:
+            raise TypeError(
+                "where must be None, a predicate, or made of patterns and ConvolutionKernels, "
+                f"received {entry!r}."
+            )
+    if unmatched := [pattern for pattern, paths in matches.items() if not paths]:
+        raise ValueError(_nothing_matched(f"the patterns {unmatched}", leaves))
+    return {path for paths in matches.values() for path in paths}
+
+
+def _match(pattern: str, leaves: Leaves) -> list[str]:
     """Leaves of rank 2 or more whose path, or whose module's path, the pattern matches."""
     return [
         path
         for path, leaf in leaves.items()
         if leaf.ndim >= 2
-        and (fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(_parent(path), pattern))
+        and any(
+            name == pattern or fnmatch.fnmatchcase(name, pattern) for name in (path, _parent(path))
+        )
     ]
 
 
-def _is_normalized_convolution(path: str, leaves: Mapping[str, jax.Array]) -> bool:
-    """A convolution's kernel, outside any head, that a normalization follows.
+def _is_normalized_convolution(
+    path: str, leaves: Leaves, scales: Mapping[str, Sequence[str]], *, stacked_axes: int
+) -> bool:
+    """Whether this looks like the kernel of a convolution that a normalization follows.
 
     A tree of arrays does not say what follows what. Evidence is a missing bias, which people leave
     out before a normalization, or a normalization beside the convolution in the same module.
     """
     module, _, name = path.rpartition("/")
-    if name != "kernel" or leaves[path].ndim < 3:
+    if not scales or name != "kernel" or leaves[path].ndim - stacked_axes < 3:
         return False
-    if any(_HEAD.fullmatch(part) for part in module.split("/")):
+    if any(_HEAD.fullmatch(_CAMEL_CASE.sub("_", part)) for part in module.split("/")):
         return False
-    if f"{module}/bias" not in leaves:
-        return True
-    scope = _parent(module)
-    return any(
-        other.rpartition("/")[2] in _NORM_SCALES and _parent(_parent(other)) == scope
-        for other in leaves
-    )
+    return sibling(path, "bias") not in leaves or _parent(module) in scales
+
+
+def _scales_by_scope(leaves: Leaves) -> dict[str, list[str]]:
+    """The scales of normalizations, by the module that holds the normalization."""
+    scales: dict[str, list[str]] = {}
+    for path in leaves:
+        if path.rpartition("/")[2] in _NORM_SCALES:
+            scales.setdefault(_parent(_parent(path)), []).append(path)
+    return scales
+
+
+def _check_stacking(
+    path: str, leaves: Leaves, scales: Mapping[str, Sequence[str]], stacked_axes: int
+) -> None:
+    """Raises ValueError if the parameters around a kernel say that it stacks other layers.
+
+    A bias and a scale have one axis in one layer, so theirs count the axes that stack layers.
+    """
+    kernel = leaves[path]
+    witnesses = _witnesses(path, leaves, scales)
+    for other in witnesses:
+        if leaves[other].ndim != 1 + stacked_axes:
+            raise ValueError(
+                f"{path} {kernel.shape} must stack as many layers as what is beside it, and "
+                f"{other} {leaves[other].shape} does not fit stacked_axes={stacked_axes}. Use "
+                "where=normalized_convolutions(model, inputs), which knows each kernel's layout; "
+                f"or pass stacked_axes={leaves[other].ndim - 1}, with where= patterns for the "
+                "layers that are stacked so and a second transform for the others."
+            )
+    ndim = kernel.ndim - stacked_axes
+    if ndim > 5 or (ndim == 5 and not witnesses):
+        raise ValueError(
+            f"A kernel must be known to be one layer's, and {path} {kernel.shape} may be a "
+            f"stack of layers with stacked_axes={stacked_axes}. Use "
+            "where=normalized_convolutions(model, inputs), or "
+            f"where=(ConvolutionKernel({path!r}, ndim={ndim}),) if it is one layer's; or pass "
+            "the number of leading axes that count layers as stacked_axes=."
+        )
+
+
+def _witnesses(path: str, leaves: Leaves, scales: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The kernel's bias, or else the scales in the nearest module around it that holds any."""
+    if (bias := sibling(path, "bias")) in leaves:
+        return [bias]
+    scope = _parent(path)
+    while scope:
+        scope = _parent(scope)
+        if scope in scales:
+            return scales[scope]
+    return []
+
+
+def _locate(kernel: ConvolutionKernel, leaf: jax.Array) -> Selected:
+    stacked_axes = leaf.ndim - kernel.ndim
+    if stacked_axes < 0:
+        raise ValueError(
+            f"{kernel.path} must have at least the {kernel.ndim} axes of one layer's kernel, "
+            f"received shape {leaf.shape}. Make the rule from the model of these parameters."
+        )
+    return Selected(kernel.path, kernel.out_axis, stacked_axes)
 
 
 def _parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _nothing_matched(rule: str, leaves: Mapping[str, jax.Array]) -> str:
+def _nothing_matched(rule: str, leaves: Leaves, *, has_norms: bool = True) -> str:
     kernels = [path for path, leaf in leaves.items() if leaf.ndim >= 2]
     shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")
+    reason = "" if has_norms else "No normalization has a parameter named scale here. "
     return (
         f"A path rule must match at least one kernel, and {rule} matched none of "
-        f"[{shown or 'no kernels at all'}]. The default takes convolution kernels (rank 3 or more, "
-        "named kernel, outside heads) that a normalization follows; to choose others pass "
-        "where=lambda path, array: ... or patterns such as where='encoder/*/kernel'."
+        f"[{shown or 'no kernels at all'}]. {reason}The default takes convolution kernels (rank 3 "
+        "or more, named kernel, outside heads) that a normalization follows. To choose exactly, "
+        "pass where=normalized_convolutions(model, inputs), where=lambda path, array: ..., or "
+        "patterns such as where='encoder/*/kernel'."
     )

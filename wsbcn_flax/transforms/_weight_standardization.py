@@ -1,102 +1,186 @@
 """Weight Standardization as a parameter transform: params -> params."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax.core import FrozenDict
 
 from wsbcn_flax.ops import StandardizationRule, standardize
 from wsbcn_flax.ops._rules import resolve_rule
-from wsbcn_flax.transforms._path_rules import PathRule, select_paths
+from wsbcn_flax.transforms._path_rules import PathRule, Selected, select_kernels, sibling
 
-Params = Mapping[str, Any]
+Params = TypeVar("Params", bound=Mapping[str, Any])
+
+_REMOVED = object()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightStandardization:
-    """Standardizes the kernels of a plain model's parameters, by a rule on their paths.
+    """Weight Standardization of a plain model's parameters, for kernels chosen by a rule.
 
     A pure function of the parameters: apply the model to its result and it computes what the same
     model built from ``WSConv`` computes. Differentiate through it, or, for many micro-batches,
     apply it once a step and pull the accumulated gradient back once (``make_train_step`` does). The
     result is also the folded model for inference: plain layers, nothing left to standardize.
 
+    With a model at hand, ``where=normalized_convolutions(model, inputs)`` takes exactly the
+    convolutions that a normalization follows. Without one, the default rule guesses from the
+    names in the parameter tree: it takes the kernels (rank 3 or more, named ``kernel``) that have
+    no bias, or a normalization beside them in their module. It never takes a kernel in a
+    module named as an output is (head, fc, out, output, pred, classifier, logits, score, cls,
+    final and the like; also ``bbox_pred``, ``mask_out``, ``final_conv``, ``Head_0``), and nothing
+    from a tree without normalizations.
+
     Where a kernel has a sibling named ``gain`` [out], as ``WSConv`` makes for presets with a
     learnable gain, the kernel is multiplied by it and the gain is dropped.
 
+    Dictionaries come back as the kind they were (``FrozenDict`` too), and boxes such as
+    ``nn.Partitioned`` with their names.
+
     Attributes:
-        preset: the convention, as in ``standardize``.
-        where: None takes every convolution kernel (rank 3 or more, named ``kernel``) that a
-            normalization follows and never a head: a kernel without a bias, or with a normalization
-            beside it in its module, and no module on the path named head, classifier, logits,
-            predictor or fc. Otherwise a predicate ``(path, array) -> bool`` on paths such as
+        preset: Convention, as in ``standardize``.
+        where: Rule that chooses kernels. ``None`` is the default rule above. Otherwise the result
+            of ``normalized_convolutions``, a predicate ``(path, array) -> bool`` on paths such as
             "block1/conv2/kernel", or shell patterns on the path of the kernel or of its module.
-        out_axis: the axis of output channels of the kernels taken. For
-            ``nn.ConvTranspose(transpose_kernel=True)`` use a second transform with -2.
+        out_axis: Axis of output channels, in one layer's kernel. For
+            ``nn.ConvTranspose(transpose_kernel=True)`` use a second transform with -2. Kernels
+            from ``normalized_convolutions`` carry their own.
+        stacked_axes: Number of leading axes that count separate layers, as ``nn.scan`` and
+            ``nn.vmap`` stack them: each layer is standardized by itself, and gains are
+            [layers, out]. Kernels from ``normalized_convolutions`` carry their own.
 
     Raises:
-        TypeError, ValueError: for an unknown preset; when called, for a rule that matches nothing
-            or a kernel that cannot be standardized.
+        TypeError, ValueError: For an unknown preset or a negative ``stacked_axes``; when called,
+            for a rule that matches nothing, a kernel that cannot be standardized, or a bias or
+            normalization beside a kernel that contradicts ``stacked_axes``.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> from wsbcn_flax import WeightStandardization
-        >>> model = nn.Sequential([nn.Conv(8, (3, 3), use_bias=False), nn.GroupNorm(4), nn.relu])
+        >>> from wsbcn_flax.transforms import normalized_convolutions
+        >>> model = nn.Sequential([nn.Conv(8, (3, 3)), nn.GroupNorm(4), nn.Conv(2, (1, 1))])
         >>> x = jnp.ones((1, 4, 4, 3))
         >>> params = model.init(jax.random.key(0), x)["params"]
-        >>> ws = WeightStandardization()
+        >>> ws = WeightStandardization(where=normalized_convolutions(model, x))
         >>> ws.paths(params)
         ['layers_0/kernel']
         >>> model.apply({"params": ws(params)}, x).shape
-        (1, 4, 4, 8)
+        (1, 4, 4, 2)
+
+        Five layers in one array, as ``nn.scan`` stores them:
+
+        >>> kernel, scale = jnp.ones((5, 3, 3, 8, 8)), jnp.ones((5, 8))
+        >>> params = {"conv": {"kernel": kernel}, "norm": {"scale": scale}}
+        >>> WeightStandardization(stacked_axes=1)(params)["conv"]["kernel"].shape
+        (5, 3, 3, 8, 8)
     """
 
     preset: str | StandardizationRule = "bcn"
     where: PathRule = None
     out_axis: int = -1
+    stacked_axes: int = 0
 
     def __post_init__(self):
         resolve_rule(self.preset)
+        if self.stacked_axes < 0:
+            raise ValueError(
+                "stacked_axes must be the number of leading axes that count layers, 0 for none, "
+                f"received {self.stacked_axes}."
+            )
         if isinstance(self.where, list):
             # Hashable, as what jax.jit compiles must be.
             object.__setattr__(self, "where", tuple(self.where))
 
-    def __call__(self, params: Params) -> dict[str, Any]:
-        """The parameters, with the kernels the rule takes standardized."""
+    def __call__(self, params: Params) -> Params:
+        """Returns the parameters, with the kernels the rule takes standardized."""
         leaves = _flatten(params)
-        for path in select_paths(leaves, self.where):
-            gain = leaves.pop(_gain_path(path), None)
+        arrays = _arrays(leaves)
+        edits: dict[str, Any] = {}
+        for kernel in self._select(arrays):
+            gain_path = sibling(kernel.path, "gain")
+            gain = arrays.get(gain_path)
+            if gain is not None:
+                edits[gain_path] = _REMOVED
+            function = functools.partial(self._standardize, kernel, gain)
             try:
-                leaves[path] = standardize(
-                    leaves[path], preset=self.preset, out_axis=self.out_axis, gain=gain
-                )
+                # A box is a tree with one leaf, its array.
+                edits[kernel.path] = jax.tree.map(function, leaves[kernel.path])
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{path}: {error}") from error
-        return traverse_util.unflatten_dict(leaves, sep="/")
+                raise type(error)(f"{kernel.path}: {error}") from error
+        return _edit(params, edits)
 
-    def paths(self, params: Params) -> list[str]:
-        """The paths of the kernels the rule takes, to look at before training."""
-        return select_paths(_flatten(params), self.where)
+    def paths(self, params: Mapping[str, Any]) -> list[str]:
+        """Returns the paths of the kernels the rule takes, to look at before training."""
+        return [kernel.path for kernel in self._select(_arrays(_flatten(params)))]
 
-    def with_gains(self, params: Params) -> dict[str, Any]:
-        """The parameters of a plain model with the gains its preset learns, initialized to one.
+    def with_gains(self, params: Params) -> Params:
+        """Returns a plain model's parameters with the gains its preset learns, all of them one.
 
-        Without a learnable gain in the preset, the parameters as they are.
+        Without a learnable gain in the preset, returns the parameters as they are.
         """
-        leaves = _flatten(params)
+        edits: dict[str, Any] = {}
         if resolve_rule(self.preset).learnable_gain:
-            for path in select_paths(leaves, self.where):
-                kernel = leaves[path]
-                leaves[_gain_path(path)] = jnp.ones(kernel.shape[self.out_axis], kernel.dtype)
-        return traverse_util.unflatten_dict(leaves, sep="/")
+            arrays = _arrays(_flatten(params))
+            for kernel in self._select(arrays):
+                array = arrays[kernel.path]
+                layers = array.shape[: kernel.stacked_axes]
+                features = array.shape[kernel.stacked_axes :][kernel.out_axis]
+                edits[sibling(kernel.path, "gain")] = jnp.ones((*layers, features), array.dtype)
+        return _edit(params, edits)
+
+    def _select(self, arrays: Mapping[str, jax.Array]) -> list[Selected]:
+        return select_kernels(
+            arrays, self.where, out_axis=self.out_axis, stacked_axes=self.stacked_axes
+        )
+
+    def _standardize(self, kernel: Selected, gain: jax.Array | None, array: jax.Array) -> jax.Array:
+        def one_layer(array: jax.Array, gain: jax.Array | None) -> jax.Array:
+            return standardize(array, preset=self.preset, out_axis=kernel.out_axis, gain=gain)
+
+        for _ in range(kernel.stacked_axes):
+            one_layer = jax.vmap(one_layer)
+        return one_layer(array, gain)
 
 
-def _flatten(params: Params) -> dict[str, jax.Array]:
-    return cast(dict[str, jax.Array], traverse_util.flatten_dict(params, sep="/"))
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by path, such as "block1/conv2/kernel"."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "Parameters must be nested dictionaries of arrays, as model.init(...)['params'] is, "
+            f"received {type(params).__name__}."
+        )
+    leaves: dict[str, Any] = {}
+    for name, node in params.items():
+        if isinstance(node, Mapping):
+            leaves |= _flatten(node, f"{prefix}{name}/")
+        else:
+            leaves[f"{prefix}{name}"] = node
+    return leaves
 
 
-def _gain_path(kernel_path: str) -> str:
-    return f"{kernel_path.rpartition('/')[0]}/gain"
+def _arrays(leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The arrays among the leaves, those in boxes included."""
+    contents = {path: jax.tree.leaves(leaf) for path, leaf in leaves.items()}
+    return {path: c[0] for path, c in contents.items() if len(c) == 1 and hasattr(c[0], "ndim")}
+
+
+def _edit(params: Params, edits: Mapping[str, Any]) -> Params:
+    """The parameters with leaves replaced, added or removed; dictionaries keep their kind."""
+    by_module: dict[str, dict[str, Any]] = {}
+    for path, leaf in edits.items():
+        module, _, name = path.rpartition("/")
+        by_module.setdefault(module, {})[name] = leaf
+
+    def visit(node: Any, path: str) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        children = {name: visit(child, f"{path}/{name}") for name, child in node.items()}
+        children |= by_module.get(path.removeprefix("/"), {})
+        children = {name: child for name, child in children.items() if child is not _REMOVED}
+        return FrozenDict(children) if isinstance(node, FrozenDict) else children
+
+    return visit(params, "")
