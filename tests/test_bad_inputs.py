@@ -48,6 +48,14 @@ def apply(*collections, **options):
     return norm.apply({name: variables[name] for name in collections}, X, **options)
 
 
+def apply_without_count(use_running_average, **options):
+    norm = BatchChannelNorm(num_groups=2)
+    variables = norm.init(KEY, X, use_running_average=True)
+    stats = {name: variables["batch_stats"][name] for name in ("mean", "var")}
+    variables = {**variables, "batch_stats": stats}
+    return norm.apply(variables, X, use_running_average=use_running_average, **options)
+
+
 def resnet(depth=8, images=IMAGES, **options):
     return CifarResNet(depth=depth, **options).init(KEY, images, train=False)
 
@@ -115,6 +123,15 @@ CASES = {
     # Normalizations.
     "groups": Case(lambda: bcn(num_groups=4), r"num_groups=4 for 6 channels.*\[1, 2, 3, 6\]"),
     "no groups": Case(lambda: bcn(num_groups=0), r"num_groups=0"),
+    "groups of None": Case(
+        lambda: layer(num_groups=None), r"whole number, received None.*num_groups=C", TypeError
+    ),
+    "groups of a float": Case(
+        lambda: bcn(num_groups=2.0), r"whole number, received 2.0", TypeError
+    ),
+    "groups of one value": Case(
+        lambda: bcn(X[:, :1, :1], num_groups=6), r"more than one value.*\(2, 1, 1, 6\).*the\s+bias"
+    ),
     "negative groups": Case(lambda: channel_norm(X, num_groups=-2), r"num_groups=-2"),
     "layer's groups": Case(lambda: layer(num_groups=32), r"BatchChannelNorm .*num_groups=32"),
     "rank": Case(lambda: bcn(jnp.ones(6)), r"rank 1 .*\(6,\).*x\[None\]"),
@@ -133,6 +150,25 @@ CASES = {
     "affine": Case(lambda: BatchChannelNorm(affine="none"), r"'group', 'channel'.*'none'"),
     "rate above one": Case(lambda: bcn(rate=1.5), r"from 0 to 1, received 1.5"),
     "negative rate": Case(lambda: BatchChannelNorm(rate=-0.1), r"received -0.1.*momentum"),
+    "rate of a schedule": Case(
+        lambda: BatchChannelNorm(rate=lambda count: 2.0), r"schedule, at count 0.*received 2.0"
+    ),
+    "rate of a schedule, later": Case(
+        lambda: bcn(rate=lambda count: count / 10), r"schedule, at count 1000.*received 100"
+    ),
+    "NaN of a schedule": Case(lambda: bcn(rate=lambda count: jnp.nan), r"received nan"),
+    "list of a schedule": Case(
+        lambda: bcn(rate=lambda count: [0.1]), r"one number.*received \[0.1\]", TypeError
+    ),
+    "None of a schedule": Case(
+        lambda: bcn(rate=lambda count: None), r"one number.*received None", TypeError
+    ),
+    "array of a schedule": Case(
+        lambda: bcn(rate=lambda count: count + jnp.zeros(2)), r"one number", TypeError
+    ),
+    "rate of another type": Case(
+        lambda: BatchChannelNorm(rate="0.1"), r"rate must be one number.*'0.1'", TypeError
+    ),
     "epsilon": Case(lambda: bcn(epsilon=0.0), r"epsilon must be positive, received 0.0"),
     "layer's epsilon": Case(lambda: BatchChannelNorm(epsilon=-1e-5), r"epsilon .*-1e-05"),
     "mask without channel axis": Case(
@@ -156,6 +192,17 @@ CASES = {
     ),
     "no batch_stats": Case(
         lambda: apply("params", mutable=["batch_stats"]), r"received no batch_stats"
+    ),
+    "statistics of nn.BatchNorm in evaluation": Case(
+        lambda: apply_without_count(True), r"received no count.*add jnp.zeros"
+    ),
+    "statistics of nn.BatchNorm in training": Case(
+        lambda: apply_without_count(False, mutable=["batch_stats"]), r"received no count"
+    ),
+    "one value of each channel": Case(
+        lambda: bcn(X[:1, :1, :1], statistics="batch"),
+        r"more than one value of each channel.*\(1, 1, 1, 6\)",
+        UserWarning,
     ),
     "no mode": Case(lambda: layer(use_running_average=None), r"use_running_average"),
     # Models.

@@ -199,6 +199,16 @@ def test_float32_gradient_error(statistics, order, ratio):
     assert tree_relative_error(actual, expected) <= 1e-4
 
 
+def test_float8_is_computed_in_float32():
+    x = normal(1, 2, 8, 8, 12).astype(jnp.float8_e4m3fn)
+    norm = functools.partial(batch_channel_norm, num_groups=4)
+    (y, new), wide = (
+        norm(x, RunningStats.fresh(12)),
+        norm(x.astype(jnp.float32), RunningStats.fresh(12)),
+    )
+    chex.assert_trees_all_equal((y, new), (wide[0].astype(x.dtype), wide[1]))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @each_kind
 def test_half_precision_is_rounded_only_at_the_end(statistics, order, dtype):
@@ -291,6 +301,21 @@ def test_padding_does_not_leak_whatever_it_holds(statistics, order):
         masked = jnp.where(mask, dx, 0), jnp.where(mask, clean_dx, 0)
         chex.assert_trees_all_close(*masked, rtol=1e-6)
         chex.assert_trees_all_close((gradients, aux), (clean_gradients, clean_aux), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [3e19, jnp.inf, jnp.nan])
+@each_kind
+def test_one_bad_batch_does_not_stay_in_the_state(statistics, order, bad):
+    """The square of 3e19 overflows. The output shows it; the channel's statistics stay."""
+    x, running = normal(1, 2, 4, 4, 6), running_stats(2, 6)
+    norm = functools.partial(batch_channel_norm, num_groups=3, statistics=statistics, order=order)
+    y, new = norm(x.at[0, 1, 2, 3].set(bad), running)
+    assert not jnp.isfinite(y[0, ..., 2:4]).all()
+    _, expected = norm(x, running)
+    kept = expected._replace(
+        mean=expected.mean.at[3].set(running.mean[3]), var=expected.var.at[3].set(running.var[3])
+    )
+    chex.assert_trees_all_close(new, kept, rtol=1e-6)
 
 
 def test_rate_may_be_a_schedule_of_the_count():

@@ -109,6 +109,29 @@ def test_a_distant_shift_costs_less_than_rounding_to_bfloat16(ratio):
     np.testing.assert_allclose(moments.var, exact.var((1, 2)), rtol=1e-6, atol=rounding)
 
 
+OUTLIERS = {"first": (0, 0), "a quarter": (8, 8), "the middle": (16, 16), "last": (31, 31)}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
+@pytest.mark.parametrize("position", OUTLIERS)
+def test_no_single_outlier_costs_accuracy(position, size, masked):
+    """A shift by the outlier itself would cost 4e-3 of the variance at 224x224."""
+    x = np.asarray(normal(0, 2, 32, 32, 3)).copy()
+    x[0, *OUTLIERS[position]] = size
+    mask = jnp.ones((2, 32, 32, 1)) if masked else None
+    expected = x.astype(np.float64).var((1, 2))
+    np.testing.assert_allclose(channel_moments(jnp.asarray(x), mask=mask).var, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("valid", [1, 2, 3, 7])
+def test_few_valid_positions_suffice(valid):
+    x = 1e4 + normal(0, 1, 8, 3)
+    mask = (jnp.arange(8) >= 8 - valid).reshape(1, 8, 1)
+    expected = np.asarray(x[:, 8 - valid :], np.float64).var(1)
+    np.testing.assert_allclose(channel_moments(x, mask=mask).var, expected, rtol=1e-5)
+
+
 def test_a_shift_of_another_length_is_refused():
     with pytest.raises(ValueError, match="shift"):
         channel_moments(jnp.ones((2, 4, 3)), shift=jnp.zeros(4))

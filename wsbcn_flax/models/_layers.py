@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from wsbcn_flax.ops._checks import statistics_dtype
+
 ModuleFactory = Callable[..., nn.Module]
 
 # The authors' initialization (he et al., fan-out, not truncated).
@@ -52,7 +54,7 @@ def classify(x: jax.Array, num_classes: int) -> jax.Array:
 
     The dense layer, named ``head``, is a submodule of whichever calls this.
     """
-    x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.mean(x, axis=(1, 2), dtype=statistics_dtype(x.dtype))
     return nn.Dense(num_classes, name="head")(x)
 
 

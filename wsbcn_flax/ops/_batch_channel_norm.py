@@ -1,25 +1,33 @@
 """Batch-Channel Normalization in the moments form: one reduction pass, one elementwise pass."""
 
+import functools
 import math
 import numbers
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from wsbcn_flax.ops._channel_norm import normalize_groups
-from wsbcn_flax.ops._checks import check_activation, check_channels, check_groups
-from wsbcn_flax.ops._moments import ChannelMoments, channel_moments, known_moments
+from wsbcn_flax.ops._checks import (
+    check_activation,
+    check_channels,
+    check_groups,
+    check_mask,
+    full_mask,
+)
+from wsbcn_flax.ops._explicit_axes import with_automatic_axes
+from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
 
 Statistics = Literal["batch", "estimate"]
 Order = Literal["update_first", "normalize_first"]
 Rate = float | Callable[[jax.Array], jax.Array | float]
 
-# Up to this many samples on a chip, XLA for TPU tiles the activation with the batch innermost and
-# writes each broadcast [B, C] array out at the activation's size, unless a barrier stands before.
-_FEW = 4
+_FEW = 4  # Samples on a device.
 
 
 class RunningStats(NamedTuple):
@@ -75,34 +83,43 @@ def batch_channel_norm(
       output depends on nothing but itself and ``running``, and the returned statistics are averages
       over samples: the step is the same however the batch is split.
 
-    All statistics are float32 or wider and the running variance is biased, as Flax's is. The
-    derivative is a closed form (a custom VJP: reverse mode, any number of times).
+    All statistics are float32 or wider and the running variance is biased, as Flax's is. A channel
+    whose moments are not finite (the square of 3e19 overflows float32) leaves its running
+    statistics as they are; the output shows it. Derivatives are a closed form, in reverse and
+    forward mode and of any order.
 
     Args:
         x: [B, ..., C], floating-point, of any rank from 2.
         running: the running mean and variance, [C] each.
-        num_groups: divides C.
+        num_groups: Number of groups, which divides C and leaves each more than one value.
         batch_scale: [C], or None for one.
         batch_bias: [C], or None for zero.
         channel_scale: [C] or, as the authors have it, [num_groups]; None for one.
         channel_bias: [C] or [num_groups]; None for zero.
         statistics: "estimate" or "batch", see above.
         order: "update_first" or "normalize_first"; only "estimate" looks at it.
-        rate: the step of the running statistics, 0 to 1, or a schedule from ``running.count``.
+        rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
+            ``running.count``.
         use_running_average: evaluation: normalizes by ``running`` and returns it unchanged.
-        axis_name: the device axes of ``pmap`` or ``shard_map`` to average statistics over.
+        axis_name: Device axes of ``pmap`` or ``shard_map`` to average the batch part's statistics
+            over. The channel part is always that of the positions and channels on one device: to
+            split these over devices use ``jit`` and shardings, which give the unsplit result.
         epsilon: added to both variances.
         mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
             Statistics weigh every sample by its count; without any, nothing is updated.
-        dtype: of the output; that of x if None.
+        dtype: Output dtype; defaults to the dtype of ``x``.
 
     Returns:
         The output, of x's shape, and the new running statistics.
 
     Raises:
-        TypeError: if x is not floating-point.
-        ValueError: for an unknown option, groups that do not divide C, rank 1, an empty axis, a
-            rate outside [0, 1], or arrays and masks of another shape.
+        TypeError: If x is not floating-point, ``num_groups`` not a whole number, or the rate not a
+            number.
+        ValueError: For an unknown option, groups that do not divide C or hold one value, rank 1, an
+            empty axis, a rate outside [0, 1], or arrays and masks of another shape.
+
+    Warns:
+        UserWarning: If batch statistics are those of a single value, which is its own mean.
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -118,34 +135,77 @@ def batch_channel_norm(
         ((1, 8, 8, 64), 0.3)
     """
     check_options(statistics=statistics, order=order, rate=rate, epsilon=epsilon)
-    if x.ndim and _few_on_a_chip(x.shape[0]):
-        x = lax.optimization_barrier(x)
     check_activation(x, caller="batch_channel_norm")
-    check_channels(x.shape[-1], caller="batch_channel_norm", mean=running.mean, var=running.var)
-    # The running mean costs no pass of its own and, where it is far off, float32 cancels less of
-    # the variance than rounding x to bfloat16 has added. Wider inputs get a value of their own.
-    shift = running.mean if x.dtype == jnp.bfloat16 else None
-    if statistics == "batch" and not use_running_average:
-        moments = channel_moments(x, shift=shift, mask=mask)
-    else:
-        moments = known_moments(x, shift, mask)
-    check_groups(x.shape[-1], num_groups, caller="batch_channel_norm")
-    computed = moments.mean.dtype
-    if use_running_average:
-        used = new = running
-    elif statistics == "batch":
-        used, new = _batch_statistics(moments, running, rate, axis_name)
-    else:
-        new = _updated_estimates(moments, running, rate, axis_name)
-        used = new if order == "update_first" else running
+    check_groups(x.shape, num_groups, caller="batch_channel_norm")
+    check_mask(mask, x, caller="batch_channel_norm")
+    check_channels(
+        x.shape[-1],
+        caller="batch_channel_norm",
+        mean=running.mean,
+        var=running.var,
+        batch_scale=batch_scale,
+        batch_bias=batch_bias,
+    )
+    alone = statistics == "batch" and not use_running_average and axis_name is None
+    if alone and math.prod(x.shape[:-1]) == 1:
+        warnings.warn(
+            'statistics="batch" needs more than one value of each channel, received activations '
+            f"of shape {x.shape}: all are equal to their mean, and every output is the bias. Use "
+            'statistics="estimate", or more samples or positions.',
+            stacklevel=2,
+        )
+    normalize = functools.partial(
+        _batch_channel_norm,
+        num_groups=num_groups,
+        statistics="running" if use_running_average else statistics,
+        order=order,
+        rate=rate,
+        axis_name=axis_name,
+        epsilon=epsilon,
+        dtype=x.dtype if dtype is None else dtype,
+    )
+    parameters = (batch_scale, batch_bias, channel_scale, channel_bias)
+    return with_automatic_axes(normalize, (x, running, *parameters, mask), like=(x, running))
 
-    slope = lax.rsqrt(used.var.astype(computed) + epsilon)[None]
+
+def _batch_channel_norm(
+    x,
+    running,
+    batch_scale,
+    batch_bias,
+    channel_scale,
+    channel_bias,
+    mask,
+    *,
+    num_groups,
+    statistics,
+    order,
+    rate,
+    axis_name,
+    epsilon,
+    dtype,
+):
+    mask = full_mask(mask, x)
+    if _few_on_a_device(x.shape[0]):
+        # XLA for TPU tiles so small a batch innermost, and then writes each broadcast [B, C] array
+        # out at the activation's size, unless a barrier stands before (libtpu 0.0.42).
+        x = lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
+    moments = channel_moments(x, mask=mask)
+    computed = moments.mean.dtype
+    if statistics == "batch":
+        center, var, new = _batch_statistics(moments, running, rate, axis_name)
+    else:
+        new = running
+        if statistics == "estimate":
+            new = _updated_estimates(moments, running, rate, axis_name)
+        used = new if order == "update_first" else running
+        center, var = moments.shift - used.mean.astype(computed)[None], used.var.astype(computed)
+
+    slope = lax.rsqrt(var + epsilon)[None]
     if batch_scale is not None:
-        check_channels(x.shape[-1], caller="batch_channel_norm", batch_scale=batch_scale)
         slope = slope * batch_scale.astype(computed)[None]
-    offset = slope * (moments.shift - used.mean.astype(computed)[None])
+    offset = slope * center
     if batch_bias is not None:
-        check_channels(x.shape[-1], caller="batch_channel_norm", batch_bias=batch_bias)
         offset = offset + batch_bias.astype(computed)[None]
     y = normalize_groups(
         x,
@@ -157,64 +217,49 @@ def batch_channel_norm(
         num_groups=num_groups,
         epsilon=epsilon,
         mask=mask,
-        dtype=x.dtype if dtype is None else dtype,
+        dtype=dtype,
     )
     return y, new
 
 
-def _few_on_a_chip(samples: int) -> bool:
-    """Whether a chip holds few of the samples, which jit spreads over the mesh that is in use."""
+def _few_on_a_device(samples: int) -> bool:
+    """Whether each device of the current mesh holds at most ``_FEW`` samples."""
     if not isinstance(samples, int):
         return False  # The symbolic batch of an exported program.
     mesh = jax.sharding.get_abstract_mesh()
     return samples <= _FEW * math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
-def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:
-    """Raises ValueError for an option that batch-channel normalization does not know."""
-    if statistics not in get_args(Statistics):
-        raise ValueError(
-            f"statistics must be one of {get_args(Statistics)}, received {statistics!r}."
-        )
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {get_args(Order)}, received {order!r}.")
-    if isinstance(rate, numbers.Real) and not 0 <= float(rate) <= 1:
-        raise ValueError(
-            f"rate is the weight of the new statistics, from 0 to 1, received {rate}. "
-            "It is one minus Flax's momentum: 0.1 where that is 0.9."
-        )
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, received {epsilon}.")
-
-
 def _updated_estimates(moments, running, rate, axis_name) -> RunningStats:
     """Algorithm 1's estimates: both moments about the old mean, so that they are averages."""
-    (distance, square), any_valid = _average(
-        lambda delta: (delta, moments.var + lax.square(delta)), moments, running, axis_name
-    )
-    return _advance(running, rate, any_valid, running.mean + distance, square)
+    old = running.mean.astype(moments.mean.dtype)
+    (distance, square), any_valid = _average_about(old, moments, axis_name)
+    return _advance(running, rate, any_valid, old + distance, square)
 
 
-def _batch_statistics(moments, running, rate, axis_name) -> tuple[RunningStats, RunningStats]:
-    """This batch's own mean and variance, with gradients, and the running statistics after it."""
-    (distance,), any_valid = _average(lambda delta: (delta,), moments, running, axis_name)
-    (var,), _ = _average(
-        lambda delta: (moments.var + lax.square(delta - distance[None]),),
-        moments,
-        running,
-        axis_name,
-    )
-    used = RunningStats(running.mean + distance, var, running.count)
-    return used, _advance(running, rate, any_valid, used.mean, used.var)
+def _batch_statistics(moments, running, rate, axis_name):
+    """This batch's own mean and variance, with gradients, and the running statistics after it.
 
-
-def _average(statistic, moments: ChannelMoments, running: RunningStats, axis_name):
-    """Averages [B, C] statistics of delta = E[x] - running.mean over all samples, by their counts.
-
-    Returns the averages, [C] each, and whether any position was valid.
+    Returns the shift less the mean, [B, C], the variance, [C], and the running statistics. The mean
+    is taken twice, the second time about the first: the one rounded at its full size is too coarse
+    for a channel that hardly varies.
     """
-    delta = moments.mean + (moments.shift - running.mean.astype(moments.mean.dtype)[None])
-    values = statistic(delta)
+    old = running.mean.astype(moments.mean.dtype)
+    (distance, _), _ = _average_about(old, moments, axis_name)
+    about = lax.stop_gradient(old + distance)
+    (rest, square), any_valid = _average_about(about, moments, axis_name)
+    var = jnp.maximum(square - lax.square(rest), 0)
+    new = _advance(running, rate, any_valid, about + rest, var)
+    return (moments.shift - about[None]) - rest[None], var, new
+
+
+def _average_about(center, moments: ChannelMoments, axis_name):
+    """Averages E[x] - center and E[(x - center)^2] over all samples, by their counts.
+
+    Returns both, [2, C], and whether any position was valid.
+    """
+    distance = moments.mean + (moments.shift - center[None])
+    values = distance, moments.var + lax.square(distance)
     if moments.weight is None:
         means = [jnp.mean(value, 0) for value in values]
         return means if axis_name is None else lax.pmean(jnp.stack(means), axis_name), True
@@ -227,11 +272,62 @@ def _average(statistic, moments: ChannelMoments, running: RunningStats, axis_nam
 
 
 def _advance(running: RunningStats, rate: Rate, any_valid, mean, var) -> RunningStats:
-    """Moves the running statistics towards ``mean`` and ``var``; not at all without valid data."""
-    step = jnp.where(any_valid, rate(running.count) if callable(rate) else rate, 0.0)
-    mean, var = (lax.stop_gradient(value).astype(running.mean.dtype) for value in (mean, var))
+    """Moves the running statistics towards ``mean`` and ``var``.
+
+    Not at all without valid data, and not a channel whose new moments are not finite: they would
+    stay in the state for ever.
+    """
+    dtype = running.mean.dtype
+    step = jnp.asarray(rate(running.count) if callable(rate) else rate, dtype)
+    mean, var = (lax.stop_gradient(value).astype(dtype) for value in (mean, var))
+    moves = any_valid & jnp.isfinite(mean) & jnp.isfinite(var)
     return RunningStats(
-        running.mean + step.astype(running.mean.dtype) * (mean - running.mean),
-        running.var + step.astype(running.var.dtype) * (var - running.var),
-        running.count + jnp.where(any_valid, 1, 0).astype(running.count.dtype),
+        jnp.where(moves, running.mean + step * (mean - running.mean), running.mean),
+        jnp.where(moves, running.var + step * (var - running.var), running.var),
+        running.count + jnp.asarray(any_valid, running.count.dtype),
     )
+
+
+def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:
+    """Raises for an option that batch-channel normalization does not know.
+
+    Raises:
+        TypeError: for a rate, or a value of its schedule, that is not one number.
+        ValueError: for an unknown name, or a number outside its range.
+    """
+    if statistics not in get_args(Statistics):
+        raise ValueError(
+            f"statistics must be one of {get_args(Statistics)}, received {statistics!r}."
+        )
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}, received {order!r}.")
+    if not callable(rate):
+        _check_rate(rate, "rate")
+    elif isinstance(rate, Hashable):
+        _check_schedule(rate)
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, received {epsilon}.")
+
+
+@functools.lru_cache(maxsize=64)
+def _check_schedule(rate: Callable[[jax.Array], Any]) -> None:
+    """Evaluates a schedule at some counts: what it returns while it is traced has no value."""
+    with jax.ensure_compile_time_eval():
+        for count in (0, 1, 1000, 1_000_000):
+            _check_rate(rate(jnp.float32(count)), f"rate, a schedule, at count {count},")
+
+
+def _check_rate(value: Any, name: str) -> None:
+    is_number = isinstance(value, numbers.Real) or (
+        isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+    )
+    if not is_number:
+        raise TypeError(
+            f"{name} must be one number from 0 to 1, or a schedule that returns one, received "
+            f"{value!r}."
+        )
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= 1:
+        raise ValueError(
+            f"{name} must be the weight of the new statistics, from 0 to 1, received {value}. "
+            "It is one minus Flax's momentum: 0.1 where that is 0.9."
+        )

@@ -1,14 +1,22 @@
 """Channel normalization after a map of every channel: the form all normalizations here take."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._checks import check_activation, check_groups
-from wsbcn_flax.ops._moments import ChannelMoments, known_moments
+from wsbcn_flax.ops._checks import check_activation, check_groups, check_mask, full_mask
+from wsbcn_flax.ops._explicit_axes import with_automatic_axes
+from wsbcn_flax.ops._moments import (
+    ChannelMoments,
+    at_positions,
+    channel_moments,
+    distance_from,
+    moment_tangents,
+    typical_values,
+    without_padding,
+)
 
 
 def channel_norm(
@@ -25,14 +33,14 @@ def channel_norm(
         y = scale (x - E[x]) / sqrt(Var[x] + epsilon) + bias
 
     with mean and biased variance over (positions, C / num_groups): group normalization, which the
-    paper calls channel normalization, in one reduction pass and one elementwise pass. The
-    derivative is a closed form (a custom VJP: reverse mode, any number of times).
+    paper calls channel normalization, in one reduction pass and one elementwise pass. Derivatives
+    are a closed form, in reverse and forward mode and of any order.
 
     Args:
         x: [B, ..., C], floating-point.
         scale: [C], or [num_groups] for one value per group, or None for one.
         bias: [C], or [num_groups], or None for zero.
-        num_groups: divides C.
+        num_groups: Number of groups, which divides C and leaves each more than one value.
         epsilon: added to the variance.
         mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
 
@@ -40,9 +48,9 @@ def channel_norm(
         An array of x's shape and dtype.
 
     Raises:
-        TypeError: if x is not floating-point.
-        ValueError: for groups that do not divide C, rank 1, an empty axis, or arrays and masks of
-            another shape.
+        TypeError: If x is not floating-point, or ``num_groups`` no whole number.
+        ValueError: For groups that do not divide C or hold one value, rank 1, an empty axis, or
+            arrays and masks of another shape.
 
     References:
         Wu, He, Group Normalization, https://arxiv.org/abs/1803.08494
@@ -56,13 +64,22 @@ def channel_norm(
         True
     """
     check_activation(x, caller="channel_norm")
-    moments = known_moments(x, None, mask)
-    check_groups(x.shape[-1], num_groups, caller="channel_norm")
+    check_groups(x.shape, num_groups, caller="channel_norm")
+    check_mask(mask, x, caller="channel_norm")
+    normalize = functools.partial(_channel_norm, num_groups=num_groups, epsilon=epsilon)
+    return with_automatic_axes(normalize, (x, scale, bias, mask), like=x)
+
+
+def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon):
+    mask = full_mask(mask, x)
+    # One shift for each group: all that is subtracted below is then near zero.
+    shift = _spread(_group_mean(typical_values(x, mask), num_groups), x.shape[-1])
+    moments = channel_moments(x, shift=shift, mask=mask)
     return normalize_groups(
         x,
         moments,
-        jnp.ones((1, x.shape[-1]), moments.mean.dtype),
-        moments.shift,
+        jnp.ones((1, x.shape[-1]), shift.dtype),
+        jnp.zeros((1, x.shape[-1]), shift.dtype),
         scale,
         bias,
         num_groups=num_groups,
@@ -98,8 +115,7 @@ def normalize_groups(
 
     Args:
         x: [B, ..., C].
-        moments: those of x, with the same mask, perhaps ``known_moments``: what flows through them
-            here is part of the gradient of x.
+        moments: Moments of x, with the same mask. Their part in the derivative is added to x's.
         slope: [1 or B, C].
         offset: [1 or B, C].
         scale: [C] or [num_groups], or None for one.
@@ -107,88 +123,75 @@ def normalize_groups(
         num_groups: divides C.
         epsilon: added to the group's variance.
         mask: as ``moments`` was given; masked positions count as zero.
-        dtype: of the output.
+        dtype: Output dtype.
     """
     features = x.shape[-1]
     scale = _per_channel(scale, 1, features, num_groups, moments.mean.dtype, "scale")
     bias = _per_channel(bias, 0, features, num_groups, moments.mean.dtype, "bias")
-    # As one array, so that their gradients are summed over samples, and devices, as one; broadcast
-    # by an addition, after which a shard_map knows them to vary over devices as x does.
+    # Only differences within a group matter. Where a running mean is far off they are small numbers
+    # beside large ones, which are subtracted first.
+    offset = offset - lax.stop_gradient(offset[:, :1])
+    # As one array, so that their gradients are summed over samples, and devices, as one.
     affine = jnp.stack(jnp.broadcast_arrays(slope, offset, scale, bias))
-    affine = affine + jnp.zeros_like(moments.mean)[None]
+    affine = jnp.broadcast_to(affine, (4, *moments.mean.shape))
+    # By a split, whose transpose is one concatenation.
+    affine = tuple(part[0] for part in lax.split(affine, (1, 1, 1, 1)))
     return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, affine)
 
 
-# A custom VJP: autodiff of the formula leaves arithmetic on [B, C] arrays inside the loop over x.
-# Every coefficient of x below ends in a division for the same reason: XLA for CPU repeats a cheap
-# operation for each element of x, the index arithmetic of groups included, but no division.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+# A rule of its own, linear in the tangents of x and of the affine map: autodiff of the formula
+# leaves arithmetic on [B, C] arrays inside the loop over x. It ignores the tangents of the moments,
+# which it takes from that of x, so that one pass over x serves all.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _normalize(num_groups, epsilon, dtype, x, mask, moments, affine):
-    return _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, affine)[0]
+    slope, offset, _ = _map(num_groups, epsilon, moments.mean, moments.var, affine)
+    distance = distance_from(moments.shift, x, mask)
+    return (distance * at_positions(slope, x) + at_positions(offset, x)).astype(dtype)
 
 
-def _normalize_forward(num_groups, epsilon, dtype, x, mask, moments, affine):
-    slope, offset, scale, bias = affine
-    features = x.shape[-1]
-    d = offset - _spread(_group_mean(slope * moments.mean + offset, num_groups), features)
-    var = jnp.square(slope) * moments.var + jnp.square(slope * moments.mean + d)
-    std = _spread(jnp.sqrt(_group_mean(var, num_groups) + epsilon), features)
-    distance = _distance(x, moments, mask)
-    y = distance * _at(x, slope * scale / std) + _at(x, (d * scale + bias * std) / std)
-    return y.astype(dtype), (x, mask, moments, slope, d, scale, std)
+@_normalize.defjvp
+def _normalize_jvp(num_groups, epsilon, dtype, primals, tangents):
+    x, mask, moments, affine = primals
+    y = _normalize(num_groups, epsilon, dtype, *primals)
+    # A checkpoint, since autodiff would keep x - shift in float32 beside x.
+    push_forward = jax.checkpoint(
+        functools.partial(_push_forward, num_groups, epsilon), prevent_cse=False
+    )
+    return y, push_forward(x, mask, moments, affine, tangents[0], tangents[3]).astype(dtype)
 
 
-def _normalize_backward(num_groups, epsilon, dtype, residuals, cotangent):
-    """One reduction pass and one elementwise pass, over the cotangent g and over x.
+def _push_forward(num_groups, epsilon, x, mask, moments, affine, x_tangent, affine_tangent):
+    """The tangent of y = (x - shift) slope + offset, both of which depend on x by its moments.
 
-    Two sums over positions, S0 = sum(g) and S1 = sum(g (x - shift)), give the gradients of all
-    parameters; with n positions, T = (slope S1 + d S0) / std, and means over the group's channels
-    m0 = E[scale S0] / n and m1 = E[scale T] / n,
-
-        dscale  = T,  dbias = S0
-        doffset = (scale S0 - n (m0 + m1 (slope mean + d) / std)) / std
-        dslope  = (scale S1 - n (m0 mean + m1 (slope (var + mean^2) + d mean) / std)) / std
-        dx      = slope / std (scale g - m0 - m1 (slope (x - shift) + d) / std)
+    Its transpose, which reverse mode takes, is one pass that sums the cotangent g and g (x - shift)
+    over positions, arithmetic on [B, C] arrays, and one elementwise pass.
     """
-    x, mask, moments, slope, d, scale, std = residuals
-    axes = tuple(range(1, x.ndim - 1))
-    mean, n = moments.mean, math.prod(x.shape[1:-1])
-    if moments.weight is not None:
-        n = jnp.where(moments.weight > 0, moments.weight, 1)
-    g, distance = cotangent.astype(mean.dtype), _distance(x, moments, mask)
-    # The barrier keeps XLA from reading g once more, for the sum over samples of its sums.
-    s0, s1 = lax.optimization_barrier((jnp.sum(g, axes), jnp.sum(g * distance, axes)))
-    t = (slope * s1 + d * s0) / std
-    m0 = _spread(_group_mean(scale * s0, num_groups), x.shape[-1]) / n
-    m1 = _spread(_group_mean(scale * t, num_groups), x.shape[-1]) / n
-
-    d_offset = (scale * s0 - n * (m0 + m1 * (slope * mean + d) / std)) / std
-    square = slope * (moments.var + jnp.square(mean)) + d * mean
-    d_slope = (scale * s1 - n * (m0 * mean + m1 * square / std)) / std
-
-    through_moments = distance * _at(x, (-jnp.square(slope) * m1 / std) / std)
-    through_moments += _at(x, -slope * (m0 + m1 * d / std) / std)
-    dx = g * _at(x, slope * scale / std)
-    dx += through_moments if mask is None else mask * through_moments
-    if mask is not None:
-        dx = jnp.where(mask > 0, dx, 0)
-    return dx.astype(x.dtype), None, None, jnp.stack((d_slope, d_offset, t, s0))
+    evaluate = functools.partial(_map, num_groups, epsilon)
+    _, _, std = evaluate(moments.mean, moments.var, affine)
+    (slope, _, _), (slope_tangent, offset_tangent, _) = jax.jvp(
+        evaluate,
+        (moments.mean, moments.var, affine),
+        (*moment_tangents(x, mask, moments, x_tangent, scale=std), affine_tangent),
+    )
+    distance = distance_from(moments.shift, x, mask)
+    changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
+    tangent = without_padding(x_tangent.astype(distance.dtype), mask)
+    return tangent * at_positions(slope, x) + changed
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+def _map(num_groups, epsilon, mean, var, affine):
+    """Slope and offset of y as a function of x - shift, and the group's std, all [B, C].
 
-
-def _distance(x: jax.Array, moments: ChannelMoments, mask: jax.Array | None) -> jax.Array:
-    """X - shift in the statistics' dtype, with zero for x where it is masked."""
-    if mask is not None:
-        # Padding may hold NaN, which the sums of the gradient would keep.
-        x = jnp.where(mask > 0, x, 0)
-    return x.astype(moments.mean.dtype) - _at(x, moments.shift)
-
-
-def _at(x: jax.Array, values: jax.Array) -> jax.Array:
-    """[B, C] values of channels, to be broadcast to the positions of x."""
-    return jnp.expand_dims(values, range(1, x.ndim - 1))
+    Every coefficient of x, here and in the derivative, ends in a division by std: XLA for CPU
+    repeats a cheap operation for each element of x, that of group indices included, but no
+    division.
+    """
+    slope, offset, scale, bias = affine
+    features = mean.shape[-1]
+    d = offset - _spread(_group_mean(slope * mean + offset, num_groups), features)
+    square = jnp.square(slope) * var + jnp.square(slope * mean + d)
+    std = _spread(jnp.sqrt(_group_mean(square, num_groups) + epsilon), features)
+    return slope * scale / std, (d * scale + bias * std) / std, std
 
 
 def _group_mean(values: jax.Array, num_groups: int) -> jax.Array:

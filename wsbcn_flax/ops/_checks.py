@@ -1,7 +1,10 @@
 """Checks of arguments that several operations share."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_activation(x: jax.Array, *, caller: str) -> None:
@@ -28,18 +31,37 @@ def check_activation(x: jax.Array, *, caller: str) -> None:
         )
 
 
-def check_groups(features: int, num_groups: int, *, caller: str) -> None:
-    """Raises ValueError unless ``num_groups`` is positive and divides ``features``."""
+def check_groups(shape: tuple[int, ...], num_groups: int, *, caller: str) -> None:
+    """Raises unless ``num_groups`` divides the channels of [B, ..., C] into groups of values.
+
+    Raises:
+        TypeError: if it is not a whole number.
+        ValueError: if it is not positive, does not divide C, or leaves one value to each group.
+    """
+    features = shape[-1]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
+        raise TypeError(
+            f"{caller} needs num_groups to be a whole number, received {num_groups!r}. One channel "
+            "to a group is num_groups=C, all channels in one group is num_groups=1."
+        )
     if num_groups < 1 or features % num_groups:
         raise ValueError(
             f"{caller} needs num_groups to divide the number of channels, received "
             f"num_groups={num_groups} for {features} channels. Choose num_groups among "
             f"{[g for g in range(1, features + 1) if features % g == 0]}."
         )
+    if num_groups * math.prod(shape[:1]) == math.prod(shape):
+        raise ValueError(
+            f"{caller} needs more than one value in each group of a sample, received "
+            f"num_groups={num_groups} for activations of shape {shape}: every output would be the "
+            "bias. Choose fewer groups, or normalize before the map is reduced to one position."
+        )
 
 
-def check_mask(mask: jax.Array, x: jax.Array, *, caller: str) -> None:
-    """Raises ValueError unless ``mask`` broadcasts to ``x`` [B, ..., C] with a last axis of 1."""
+def check_mask(mask: jax.Array | None, x: jax.Array, *, caller: str) -> None:
+    """Raises ValueError unless a mask broadcasts to ``x`` [B, ..., C] with a last axis of 1."""
+    if mask is None:
+        return
     fits = mask.ndim == x.ndim and mask.shape[-1] == 1
     if not fits or any(m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)):
         raise ValueError(
@@ -49,10 +71,17 @@ def check_mask(mask: jax.Array, x: jax.Array, *, caller: str) -> None:
         )
 
 
-def check_channels(features: int, *, caller: str, **arrays: jax.Array) -> None:
-    """Raises ValueError unless each named array has shape ``[features]``."""
+def full_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """The mask, if there is one, for every position [B, ..., 1], in the statistics' dtype."""
+    if mask is None:
+        return None
+    return jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(statistics_dtype(x.dtype))
+
+
+def check_channels(features: int, *, caller: str, **arrays: jax.Array | None) -> None:
+    """Raises ValueError unless each named array, if given, has shape ``[features]``."""
     for name, array in arrays.items():
-        if array.shape != (features,):
+        if array is not None and array.shape != (features,):
             raise ValueError(
                 f"{caller} needs {name} of shape ({features},), one value per channel of x, "
                 f"received {array.shape}. Were the parameters made for another width?"
@@ -61,4 +90,6 @@ def check_channels(features: int, *, caller: str, **arrays: jax.Array) -> None:
 
 def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype statistics of ``dtype`` are computed in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
+    return dtype if wide else jnp.dtype(jnp.float32)

@@ -1,12 +1,19 @@
 """Per-(sample, channel) moments in one pass, shifted so that the variance does not cancel."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._checks import check_activation, check_channels, check_mask, statistics_dtype
+from wsbcn_flax.ops._checks import (
+    check_activation,
+    check_channels,
+    check_mask,
+    full_mask,
+    statistics_dtype,
+)
 
 
 class ChannelMoments(NamedTuple):
@@ -30,19 +37,18 @@ def channel_moments(
 ) -> ChannelMoments:
     """Mean and variance of every channel of every sample, from one pass over the activation.
 
-    With c the shift or, without one, the channel's value at the sample's first position that counts
-    (zero without any),
+    With c the shift or, without one, the median of three of the sample's values of that channel,
 
         mean = E[x - c],    var = max(0, E[(x - c)^2] - mean^2),
 
-    in float32 or wider. A value of the data itself keeps the subtraction from cancelling however
-    far the mean is from zero: (c - E[x])^2 is at most the number of positions times the variance.
-    A shift that is known beforehand lets XLA take the moments while it computes x; the variance's
-    relative error then grows as (c - E[x])^2 over the variance.
+    in float32 or wider. The variance's relative error grows as (c - E[x])^2 over the variance. A
+    typical value of the data keeps that small however far the mean is from zero, and whatever
+    single outlier there is. A shift that is known beforehand lets XLA take the moments while it
+    computes x.
 
     Args:
         x: [B, ..., C], floating-point.
-        shift: [C], near the channels' means.
+        shift: [C] or [B, C], near the channels' means.
         mask: broadcasts to x with a channel axis of 1; true or 1 where a position counts.
 
     Raises:
@@ -57,54 +63,92 @@ def channel_moments(
         [[10000.5]] [[0.25]]
     """
     check_activation(x, caller="channel_moments")
-    axes = tuple(range(1, x.ndim - 1))
-    x = x.astype(statistics_dtype(x.dtype))
-    if shift is not None:
-        check_channels(x.shape[-1], caller="channel_moments", shift=shift)
-        shift = lax.stop_gradient(shift.astype(x.dtype))[None]
-    if mask is None:
-        if shift is None:
-            shift = lax.stop_gradient(x[(slice(None), *(0,) * len(axes))])
-        centred = x - jnp.expand_dims(shift, axes)
-        mean, square = jnp.mean(centred, axes), jnp.mean(lax.square(centred), axes)
-        return ChannelMoments(shift, mean, _variance(mean, square))
-
     check_mask(mask, x, caller="channel_moments")
-    mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(x.dtype)
+    mask = full_mask(mask, x)
     if shift is None:
-        shift = lax.stop_gradient(_first_valid(x, mask))
-    # Select before multiplying: padding may hold anything, NaN included.
-    centred = jnp.where(mask > 0, x - jnp.expand_dims(shift, axes), 0)
-    weight = jnp.sum(mask, axes)
-    count = jnp.where(weight > 0, weight, 1)
-    mean = jnp.sum(mask * centred, axes) / count
-    square = jnp.sum(mask * lax.square(centred), axes) / count
-    return ChannelMoments(shift, mean, _variance(mean, square), weight)
+        shift = typical_values(x, mask)
+    elif shift.ndim != 2:
+        check_channels(x.shape[-1], caller="channel_moments", shift=shift)
+        shift = shift[None]
+    shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
+    weight = None if mask is None else jnp.sum(mask, tuple(range(1, x.ndim - 1)))
+    return ChannelMoments(shift, *_mean_and_var(x, shift, mask, weight), weight)
 
 
-# Not a stop_gradient, which would stop the derivatives of a gradient as well.
-@jax.custom_vjp
-def known_moments(x: jax.Array, shift: jax.Array | None, mask: jax.Array | None) -> ChannelMoments:
-    """``channel_moments`` for whoever accounts for them in the gradient of x: none of their own.
+# A rule of its own: autodiff would keep x - shift in float32 beside x.
+@jax.custom_jvp
+def _mean_and_var(x, shift, mask, weight):
+    axes = tuple(range(1, x.ndim - 1))
+    distance = distance_from(shift, x, mask)
+    if mask is None:
+        mean, square = jnp.mean(distance, axes), jnp.mean(lax.square(distance), axes)
+    else:
+        count = jnp.where(weight > 0, weight, 1)
+        mean = jnp.sum(mask * distance, axes) / count
+        square = jnp.sum(mask * lax.square(distance), axes) / count
+    return mean, jnp.maximum(square - lax.square(mean), 0)
 
-    Nothing is kept for a backward pass, where autodiff would keep an array of x's size.
+
+@_mean_and_var.defjvp
+def _mean_and_var_jvp(primals, tangents):
+    x, shift, mask, weight = primals
+    mean, var = _mean_and_var(*primals)
+    push_forward = jax.checkpoint(moment_tangents, prevent_cse=False)
+    return (mean, var), push_forward(x, mask, ChannelMoments(shift, mean, var, weight), tangents[0])
+
+
+def moment_tangents(x, mask, moments: ChannelMoments, x_tangent, scale=1.0):
+    """The tangents of mean and var: E[t] and 2 E[(x - shift - mean) t], from two sums of one pass.
+
+    The sums are divided by ``scale`` first, and multiplied last, for what their transpose ends in.
     """
-    return channel_moments(x, shift=shift, mask=mask)
+    axes = tuple(range(1, x.ndim - 1))
+    tangent = without_padding(x_tangent.astype(moments.mean.dtype), mask)
+    distance = distance_from(moments.shift, x, mask)
+    if mask is None:
+        count = math.prod(x.shape[1:-1])
+    else:
+        count, tangent = jnp.where(moments.weight > 0, moments.weight, 1), mask * tangent
+    total = jnp.sum(tangent, axes) / scale
+    along = jnp.sum(tangent * distance, axes) / scale
+    return total * (scale / count), 2 * (along - moments.mean * total) * (scale / count)
 
 
-known_moments.defvjp(
-    lambda x, shift, mask: (channel_moments(x, shift=shift, mask=mask), None),
-    lambda residuals, cotangent: (None, None, None),
-)
+def typical_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Each channel's median [B, C] of three values, from positions that count; 0 without any.
+
+    In the statistics' dtype. One outlier, wherever it is, is never the median.
+    """
+    three = jnp.stack(_three_values(x, mask)).astype(statistics_dtype(x.dtype))
+    # The largest of the smaller of each two. A reduction, which XLA for CPU does once and not for
+    # each element of x.
+    return jnp.max(jnp.minimum(three, jnp.roll(three, 1, axis=0)), axis=0)
 
 
-def _first_valid(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Each sample's values [B, C] at its first unmasked position; zero without any."""
+def _three_values(x, mask) -> tuple[jax.Array, ...]:
+    """[B, C] each, at a quarter, half and three quarters of the positions along every axis."""
+    quarters = (1, 2, 3)
+    if mask is None:
+        return tuple(x[:, *(n * q // 4 for n in x.shape[1:-1])] for q in quarters)
     valid = mask.reshape(x.shape[0], -1, 1) > 0
-    pixels = x.reshape(x.shape[0], -1, x.shape[-1])
-    first = jnp.take_along_axis(pixels, jnp.argmax(valid, 1, keepdims=True), axis=1)[:, 0]
-    return jnp.where(jnp.any(valid, 1), first, 0)
+    pixels = jnp.where(valid, x.reshape(x.shape[0], -1, x.shape[-1]), 0)
+    rank = jnp.cumsum(valid, 1)  # 1 for the first position that counts.
+    wanted = (rank[:, -1:] * q // 4 + 1 for q in quarters)
+    indices = (jnp.argmax(rank >= jnp.minimum(w, rank[:, -1:]), 1, keepdims=True) for w in wanted)
+    return tuple(jnp.take_along_axis(pixels, index, 1)[:, 0] for index in indices)
 
 
-def _variance(mean: jax.Array, square: jax.Array) -> jax.Array:
-    return jnp.maximum(square - lax.square(mean), 0)
+def distance_from(shift: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """X - shift in the shift's dtype, with zero for x where it is masked."""
+    # Select before anything else: padding may hold NaN.
+    return without_padding(x, mask).astype(shift.dtype) - at_positions(shift, x)
+
+
+def without_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """X with zero where it is masked."""
+    return x if mask is None else jnp.where(mask > 0, x, jnp.zeros((), x.dtype))
+
+
+def at_positions(values: jax.Array, x: jax.Array) -> jax.Array:
+    """[B, C] or [1, C] values of channels, for the positions of x."""
+    return jnp.expand_dims(values, range(1, x.ndim - 1))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
+from wsbcn_flax.ops._explicit_axes import with_automatic_axes
 from wsbcn_flax.ops._rules import StandardizationRule, resolve_rule
 
 
@@ -28,8 +29,8 @@ def standardize(
     where the preset names the denominator (see ``StandardizationRule``): "bcn" (the default),
     "official", "official_tf", "bit", "timm" and "nfnet" are the field's conventions of Weight
     Standardization; "wn" and "cwn" are weight normalization and centered weight normalization.
-    Computed in float32 or wider and returned in the kernel's dtype. The derivative is the closed
-    form (a custom VJP: reverse mode, any number of times) and is finite at a constant kernel.
+    Computed in float32 or wider and returned in the kernel's dtype. Derivatives are the closed
+    form, in reverse and forward mode and of any order, and are finite at a constant kernel.
 
     Args:
         kernel: [..., out], for example HWIO. A grouped convolution's I is already in / groups.
@@ -78,6 +79,12 @@ def standardize(
             f"gain must have one value per output channel, shape ({features},), received "
             f"{gain.shape}."
         )
+    scaled = functools.partial(_scaled, rule, out_axis)
+    return with_automatic_axes(scaled, (kernel, gain), like=kernel)
+
+
+def _scaled(rule: StandardizationRule, out_axis: int, kernel, gain):
+    """The standardized kernel times the gain, in the kernel's dtype."""
     dtype = statistics_dtype(kernel.dtype)
     hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
     if gain is not None:
@@ -89,50 +96,62 @@ def _fan_in_axes(ndim: int, out_axis: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis != out_axis)
 
 
-# A custom VJP: autodiff of the formula costs several more passes over the kernel, on every backend.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+# A rule of its own: autodiff of the formula costs several more passes over the kernel. The rule is
+# linear in the tangent, and its transpose, which reverse mode takes, is two reductions and one
+# elementwise pass. A checkpoint, since autodiff would keep the centred kernel beside the kernel.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _standardize(rule: StandardizationRule, out_axis: int, kernel: jax.Array) -> jax.Array:
-    return _standardize_forward(rule, out_axis, kernel)[0]
+    center, inverse, _ = _statistics(rule, out_axis, kernel)
+    axes = _fan_in_axes(kernel.ndim, out_axis)
+    return _subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)
 
 
-def _standardize_forward(rule, out_axis, kernel):
-    """One reduction pass and one elementwise pass."""
+@_standardize.defjvp
+def _standardize_jvp(rule, out_axis, primals, tangents):
+    (kernel,), (tangent,) = primals, tangents
+    statistics = _statistics(rule, out_axis, kernel)
+    axes = _fan_in_axes(kernel.ndim, out_axis)
+    center, inverse, _ = statistics
+    hat = _subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)
+    push_forward = jax.checkpoint(functools.partial(_push_forward, axes), prevent_cse=False)
+    return hat, push_forward(kernel, *statistics, tangent)
+
+
+def _push_forward(axes, kernel, center, inverse, curvature, tangent):
+    """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel.
+
+    Without mean(t) where the rule does not centre. The u outside the sum is written as two terms,
+    W and mean(W): their transposes reduce products of W and not of u, which XLA for CPU would
+    write out.
+    """
+
+    def at(values):
+        # By one operation, whose transpose reduces all axes at once, axes of length 1 included:
+        # without those, XLA for CPU (jaxlib 0.10.2) takes four times as long for a 1x1 kernel.
+        (out_axis,) = set(range(kernel.ndim)) - set(axes)
+        return lax.broadcast_in_dim(values, kernel.shape, (out_axis,))
+
+    along = -curvature * jnp.sum(tangent * _subtract(kernel, center, axes), axes)
+    pushed = tangent * at(inverse) + kernel * at(along)
+    if center is None:
+        return pushed
+    fan_in = math.prod(kernel.shape) // center.size
+    return pushed - at(center * along + inverse * jnp.sum(tangent, axes) / fan_in)
+
+
+def _statistics(rule, out_axis, kernel):
+    """The kernel's mean (None where the rule does not centre), r and c, one per output channel."""
     axes = _fan_in_axes(kernel.ndim, out_axis)
     fan_in = math.prod(kernel.shape) // kernel.shape[out_axis]
-    if rule.center:
-        # About weights of the kernel's own, nothing cancels whatever the mean is. Two of them, as
-        # XLA for CPU writes out what two reductions share.
-        first, last = (_corner(kernel, axes, index) for index in (0, -1))
-        mean = jnp.mean(_subtract(kernel, first, axes), axes)
-        square = jnp.sum(lax.square(_subtract(kernel, last, axes)), axes)
-        center = first + mean
-        total = jnp.maximum(square - fan_in * lax.square(mean + (first - last)), 0)
-    else:
-        center, total = None, jnp.sum(lax.square(kernel), axes)
-    inverse, curvature = _inverse_denominator(rule, fan_in, total)
-    hat = _subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)
-    return hat, (kernel, center, inverse, curvature)
-
-
-def _standardize_backward(rule, out_axis, residuals, cotangent):
-    """Two reductions and one elementwise pass, over the cotangent g and the centred kernel u.
-
-    dW = r (g - mean(g)) - u c sum(g u), without mean(g) where the rule does not centre.
-    """
-    kernel, center, inverse, curvature = residuals
-    axes = _fan_in_axes(kernel.ndim, out_axis)
-    along = jnp.sum(cotangent * kernel, axes)
-    gradient = jnp.expand_dims(inverse, axes) * cotangent
-    if rule.center:
-        total = jnp.sum(cotangent, axes)
-        along -= center * total
-        fan_in = math.prod(kernel.shape) // total.size
-        gradient -= jnp.expand_dims(inverse * total / fan_in, axes)
-    centred = _subtract(kernel, center, axes)
-    return (gradient - centred * jnp.expand_dims(curvature * along, axes),)
-
-
-_standardize.defvjp(_standardize_forward, _standardize_backward)
+    if not rule.center:
+        return None, *_inverse_denominator(rule, fan_in, jnp.sum(lax.square(kernel), axes))
+    # About weights of the kernel's own, nothing cancels whatever the mean is. Two of them, as
+    # XLA for CPU writes out what two reductions share.
+    first, last = (_corner(kernel, axes, index) for index in (0, -1))
+    mean = jnp.mean(_subtract(kernel, first, axes), axes)
+    square = jnp.sum(lax.square(_subtract(kernel, last, axes)), axes)
+    total = jnp.maximum(square - fan_in * lax.square(mean + (first - last)), 0)
+    return first + mean, *_inverse_denominator(rule, fan_in, total)
 
 
 def _corner(kernel, axes, index):

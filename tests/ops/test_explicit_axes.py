@@ -1,0 +1,80 @@
+"""Batch, positions or channels split over a mesh, by explicit or automatic axes: one result."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracles import normal, tree_relative_error
+
+from wsbcn_flax.ops import RunningStats, batch_channel_norm, channel_norm, standardize
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SPLITS = {
+    "batch": P("data"),
+    "height": P(None, "data"),
+    "width": P(None, None, "data"),
+    "channels": P(None, None, None, "data"),
+}
+
+
+AXES = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
+
+
+def make_mesh(axes):
+    return jax.make_mesh((4,), ("data",), axis_types=(AXES[axes],), devices=jax.devices()[:4])
+
+
+def on_mesh(mesh, function, specs, arrays):
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(function)(*placed))
+
+
+def loss_and_gradients(function, *primals):
+    """What training needs: the output, gradients of all arrays, auxiliary results."""
+    value = lambda *p: (jnp.sum(jnp.sin((out := function(*p))[0])), out)  # noqa: E731
+    (_, out), gradients = jax.value_and_grad(
+        value, argnums=tuple(range(len(primals))), has_aux=True
+    )(*primals)
+    return out, gradients
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("axes", AXES)
+def test_batch_channel_norm(axes, split):
+    x, scale = normal(1, 4, 4, 4, 16), 1 + 0.1 * normal(2, 16)
+    of_channels = P("data") if split == "channels" else P()
+
+    def function(x, scale, mean):
+        running = RunningStats(mean, jnp.full_like(mean, 2), jnp.zeros(()))
+        y, new = batch_channel_norm(x, running, batch_scale=scale, num_groups=4)
+        return y, new.mean, new.var
+
+    def step(*primals):
+        return loss_and_gradients(function, *primals)
+
+    arrays = (x, scale, normal(3, 16))
+    expected = jax.device_get(jax.jit(step)(*arrays))
+    specs = (SPLITS[split], of_channels, of_channels)
+    assert tree_relative_error(on_mesh(make_mesh(axes), step, specs, arrays), expected) < 1e-5
+
+
+@pytest.mark.parametrize("split", ["height", "channels"])
+def test_channel_norm(split):
+    def step(x):
+        return loss_and_gradients(lambda x: (channel_norm(x, num_groups=4),), x)
+
+    x, mesh = normal(1, 4, 4, 4, 16), make_mesh("explicit")
+    expected = jax.device_get(jax.jit(step)(x))
+    assert tree_relative_error(on_mesh(mesh, step, (SPLITS[split],), (x,)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("spec", [P(None, None, None, "data"), P(None, None, "data")], ids=str)
+def test_standardize(spec):
+    def step(kernel):
+        return loss_and_gradients(lambda kernel: (standardize(kernel),), kernel)
+
+    kernel, mesh = normal(1, 3, 3, 8, 16), make_mesh("explicit")
+    expected = jax.device_get(jax.jit(step)(kernel))
+    assert tree_relative_error(on_mesh(mesh, step, (spec,), (kernel,)), expected) < 1e-5

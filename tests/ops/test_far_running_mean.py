@@ -1,0 +1,40 @@
+"""bfloat16 with running means that are nowhere near the data, as in the first steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from wsbcn_flax.ops import RunningStats, batch_channel_norm
+
+rng = np.random.default_rng(0)
+SHAPES = [(2, 24, 24, 12), (8, 12, 12, 12)]
+DATA = {
+    "normal": lambda shape: rng.normal(size=shape),
+    "far": lambda shape: 100 + rng.normal(size=shape),
+    "very far": lambda shape: 1000 + 10 * rng.normal(size=shape),
+    "one unit in few positions": lambda shape: 100 + (rng.random(shape) < 0.003),
+    "constant 100": lambda shape: np.full(shape, 100.0),
+    "constant 10,000": lambda shape: np.full(shape, 10_000.0),
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("statistics", ["batch", "estimate"])
+def test_outputs_are_rounded_only_at_the_end(statistics, shape, data):
+    """Within twice the rounding of the float64 result, beside float32's own error at zero."""
+    x = jnp.asarray(DATA[data](shape), jnp.bfloat16)
+    options = {"num_groups": 4, "statistics": statistics, "order": "normalize_first"}
+    running = RunningStats.fresh(12)
+    y, new = jax.jit(functools.partial(batch_channel_norm, **options))(x, running)
+    expected = oracles.batch_channel_norm(
+        np.asarray(x, np.float64), running.mean, running.var, **options
+    )
+    allowed = 2 * 2.0**-9 * np.abs(expected.y) + 1e-5 * max(1, np.abs(expected.y).max())
+    assert (np.abs(np.asarray(y, np.float64) - expected.y) <= allowed).all()
+    np.testing.assert_allclose(new.mean, expected.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.var, expected.var, rtol=1e-5)
