@@ -52,7 +52,7 @@ def test_every_option_reaches_the_op(use_running_average):
         "num_groups": 2,
         "statistics": "estimate",
         "order": "normalize_first",
-        "rate": lambda count: 0.3 / count,
+        "rate": lambda count: 0.3 / (1 + count),
         "epsilon": 0.1,
     }
     mask = (jnp.arange(6) < 4).reshape(1, 1, 6, 1)

@@ -1,16 +1,23 @@
 """Batch-Channel Normalization as a Linen module with nn.BatchNorm's calling convention."""
 
-from typing import Literal, get_args
+import weakref
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from wsbcn_flax.layers._step_statistics import CALLS, CallSums
 from wsbcn_flax.ops import RunningStats, batch_channel_norm
 from wsbcn_flax.ops._batch_channel_norm import Order, Rate, Statistics, check_options
 from wsbcn_flax.ops._checks import check_activation, check_groups, statistics_dtype
 
 Affine = Literal["group", "channel"]
+
+# For the root scope of each `apply` and the path of a layer, the statistics that `apply` received
+# and the sums of the calls since. Flax has no place for what must not leave an `apply`.
+_calls_of_an_apply: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class BatchChannelNorm(nn.Module):
@@ -26,26 +33,36 @@ class BatchChannelNorm(nn.Module):
     ``var`` [C], ``count`` [], which ``apply(..., mutable=["batch_stats"])`` returns updated.
     Initialization updates nothing.
 
+    A layer that is called several times in one `apply` (a head shared by the levels of a pyramid,
+    two views of an image) normalizes each call by the statistics `apply` received, and all calls
+    are one update: the mean of what each would have made of them. A lifted transform around the
+    layer (`nn.remat`, `nn.scan`) begins an `apply` of its own, unless the layer runs in
+    ``make_train_step``, which adds the calls up itself.
+
     Attributes:
-        num_groups: groups of the channel part; divides C.
+        num_groups: Number of groups of the channel part, which divides C and leaves each more than
+            one value.
         statistics: "estimate" (running estimates also in training) or "batch".
         order: "update_first" (Algorithm 1) or "normalize_first" (split-invariant).
-        rate: the step of the running statistics, or a schedule from their count to it. It is one
-            minus ``nn.BatchNorm``'s momentum.
+        rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
+            their count. It is one minus ``nn.BatchNorm``'s momentum.
         affine: the channel part's scale and bias per "group" (the authors') or per "channel".
-        axis_name: the device axes of ``pmap`` or ``shard_map`` to average statistics over; under
-            ``jit`` with shardings XLA inserts the collectives and this stays None.
+        axis_name: Device axes of ``pmap`` or ``shard_map`` to average the batch part's statistics
+            over. The channel part is always that of one device: where positions or channels are
+            split over devices use ``jit`` and shardings, for which this stays None.
         epsilon: added to both variances.
-        dtype: of the output; that of x if None.
-        param_dtype: of the parameters.
-        use_running_average: evaluation: nothing is updated. Here or in the call.
+        dtype: Output dtype; defaults to the dtype of ``x``.
+        param_dtype: Dtype of the parameters.
+        use_running_average: Whether to evaluate, which updates nothing. Here or in the call.
         scale_init: initializer of ``channel_scale``, zero for the last of a residual branch.
         bias_init: initializer of ``channel_bias``.
 
     Raises:
-        TypeError: if x is not floating-point.
-        ValueError: for an unknown option, groups that do not divide C, rank 1, an empty axis, a
-            mask of another shape, or training without ``mutable=["batch_stats"]``.
+        TypeError: If x is not floating-point, ``num_groups`` not a whole number, or the rate not a
+            number.
+        ValueError: For an unknown option, groups that do not divide C or hold one value, rank 1, an
+            empty axis, a mask of another shape, missing statistics, or training without
+            ``mutable=["batch_stats"]``.
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -107,7 +124,7 @@ class BatchChannelNorm(nn.Module):
         )
         check_activation(x, caller="BatchChannelNorm")
         features = x.shape[-1]
-        check_groups(features, self.num_groups, caller="BatchChannelNorm")
+        check_groups(x.shape, self.num_groups, caller="BatchChannelNorm")
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         group_shape = (self.num_groups if self.affine == "group" else features,)
         parameters = {
@@ -121,9 +138,10 @@ class BatchChannelNorm(nn.Module):
             ),
         }
         running = self._running_stats(features, needs_update=not use_running_average)
+        before = self._statistics_before(running)
         y, new = batch_channel_norm(
             x,
-            RunningStats(*(variable.value for variable in running)),
+            before,
             **parameters,
             num_groups=self.num_groups,
             statistics=self.statistics,
@@ -136,16 +154,51 @@ class BatchChannelNorm(nn.Module):
             dtype=self.dtype,
         )
         if not (use_running_average or self.is_initializing()):
-            for variable, value in zip(running, new, strict=True):
-                variable.value = value
+            self._record_call(running, before, new, mask)
         return y
+
+    def _statistics_before(self, running: Iterable[nn.Variable]) -> RunningStats:
+        """The statistics that `apply` received, whatever earlier calls have made of them."""
+        stats = RunningStats(*(variable.value for variable in running))
+        if self.has_variable("batch_stats", CALLS):
+            return stats  # In a training step these stay as they are.
+        return self._calls_of_this_apply().get(self.scope.path, (stats, None))[0]
+
+    def _record_call(
+        self,
+        running: Iterable[nn.Variable],
+        before: RunningStats,
+        new: RunningStats,
+        mask: jax.Array | None,
+    ) -> None:
+        """Adds one call up with the earlier ones, in a training step or in this `apply`."""
+        if self.has_variable("batch_stats", CALLS):
+            calls = self.get_variable("batch_stats", CALLS)
+            self.put_variable("batch_stats", CALLS, calls.add(new, mask))
+            return
+        of_this_apply = self._calls_of_this_apply()
+        is_first = self.scope.path not in of_this_apply
+        _, calls = of_this_apply.get(self.scope.path, (before, CallSums.zero(before)))
+        calls = calls.add(new, mask)
+        of_this_apply[self.scope.path] = before, calls
+        after = new if is_first else calls.statistics(before)
+        for variable, value in zip(running, after, strict=True):
+            variable.value = value
+
+    def _calls_of_this_apply(self) -> dict[Any, tuple[RunningStats, CallSums]]:
+        assert self.scope is not None
+        return _calls_of_an_apply.setdefault(self.scope.root, {})
 
     def _running_stats(self, features: int, *, needs_update: bool) -> tuple[nn.Variable, ...]:
         path = "/".join(self.path) or type(self).__name__
-        if not (self.is_initializing() or self.has_variable("batch_stats", "mean")):
+        missing = [n for n in RunningStats._fields if not self.has_variable("batch_stats", n)]
+        if missing and not self.is_initializing():
+            whole = len(missing) == len(RunningStats._fields)
             raise ValueError(
-                f"{path} needs its running statistics, and `apply` received no batch_stats for it. "
-                'Pass {"params": params, "batch_stats": batch_stats}, both from `init`.'
+                f"{path} needs its running statistics mean, var and count, and `apply` received no "
+                f"{'batch_stats' if whole else ' or '.join(missing)} for it. "
+                'Pass {"params": params, "batch_stats": batch_stats}, both from `init`. '
+                "(nn.BatchNorm's have no count: add jnp.zeros(()).)"
             )
         if needs_update and not self.is_mutable_collection("batch_stats"):
             raise ValueError(

@@ -8,8 +8,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import FrozenDict, freeze
 from jax import lax
 
+from wsbcn_flax.layers._step_statistics import advance, collected, collecting
 from wsbcn_flax.training._all_reduce import mean_over_devices
 from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
 from wsbcn_flax.training._micro_batches import (
@@ -92,12 +94,17 @@ def make_train_step(
             else jax.vjp(transform, state.params)
         )
         params = transformed if kernel_dtype is None else _round(transformed, kernel_dtype)
-        loss = loss_fn if state.loss_scale is None else scale_loss(loss_fn, state.loss_scale)
+        loss = loss_fn if micro_batches.batch_stats == "carry" else _adds_calls_up(loss_fn)
+        if state.loss_scale is not None:
+            loss = scale_loss(loss, state.loss_scale)
         out = evaluate_micro_batches(
             loss, params, state.batch_stats, batch, micro_batches=micro_batches, rng=rng
         )
         if axis_name is not None:
             out = mean_over_devices(out, axis_name)
+        batch_stats = advance(state.batch_stats, out.batch_stats)
+        if isinstance(state.batch_stats, FrozenDict):
+            batch_stats = freeze(batch_stats)
         gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), out.gradients, transformed)
         (gradients,) = pull_back(gradients)
         if state.loss_scale is not None:
@@ -107,7 +114,7 @@ def make_train_step(
             state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=out.batch_stats,
+            batch_stats=batch_stats,
             opt_state=opt_state,
         )
         metrics = {**out.metrics, "grad_norm": optax.tree.norm(gradients)}
@@ -119,12 +126,22 @@ def make_train_step(
     return step
 
 
+def _adds_calls_up(loss_fn: LossFn) -> LossFn:
+    """The loss function, whose batch_stats are sums to average and then to ``advance`` by."""
+
+    def adding_loss_fn(params, batch_stats, batch, *, rng):
+        loss, (sums, metrics) = loss_fn(params, collecting(batch_stats), batch, rng=rng)
+        return loss, (collected(sums), metrics)
+
+    return adding_loss_fn
+
+
 def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """The parameters with convolution kernels in ``dtype``, computed once and written down."""
 
     def rounded(array):
-        narrower = array.dtype != dtype and jnp.promote_types(array.dtype, dtype) == array.dtype
-        if array.ndim < 3 or not narrower:
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        if array.ndim < 3 or not floating or jnp.finfo(array.dtype).bits <= jnp.finfo(dtype).bits:
             return array
         # Else XLA repeats what made the kernel, in its own dtype, in each use of it.
         return lax.optimization_barrier(array.astype(dtype))

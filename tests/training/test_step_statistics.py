@@ -1,0 +1,260 @@
+"""A step's statistics, whatever the calls, masks, micro-batches and devices they come from."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import freeze, unfreeze
+
+from wsbcn_flax import BatchChannelNorm, WeightStandardization
+from wsbcn_flax.training import MicroBatches, Partition, TrainState, make_train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TOLERANCE = 5e-6
+SGD = optax.sgd(0.1, momentum=0.9)
+Norm = functools.partial(BatchChannelNorm, num_groups=4, order="normalize_first")
+
+
+class Shared(nn.Module):
+    """One normalization, called after each of two convolutions, perhaps masked."""
+
+    norm: object = Norm
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        norm = self.norm(use_running_average=False, name="norm")
+        for name in ("conv1", "conv2"):
+            x = nn.relu(norm(nn.Conv(8, (3, 3), use_bias=False, name=name)(x), mask=mask))
+            x = x if mask is None else jnp.where(mask, x, 0)
+        return x.mean((1, 2))
+
+
+class Scanned(nn.Module):
+    """One convolution and normalization, applied twice by nn.scan."""
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        def body(layer, x):
+            y = nn.Conv(x.shape[-1], (3, 3), use_bias=False, name="conv")(x)
+            return nn.relu(Norm(use_running_average=False, name="norm")(y, mask=mask)), None
+
+        if self.is_initializing():  # Flax carries only what is there.
+            return body(self, x)[0].mean((1, 2))
+        scan = nn.scan(
+            body,
+            variable_broadcast="params",
+            variable_carry="batch_stats",
+            split_rngs={"params": False},
+            length=2,
+        )
+        return scan(self, x)[0].mean((1, 2))
+
+
+def rematerialized(**options):
+    return nn.remat(BatchChannelNorm)(**Norm.keywords, **options)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.5, 2.0, (16, 8, 8, 8)).astype(np.float32)
+    # From no column at all to all of them: whole micro-batches and devices are masked.
+    columns = np.array([0, 0, 1, 8, 0, 0, 5, 3, 0, 2, 7, 4, 0, 6, 8, 8])
+    mask = np.arange(8)[None, None, :, None] < columns[:, None, None, None]
+    return {"x": x, "mask": mask, "y": rng.normal(size=(16, 8)).astype(np.float32)}
+
+
+def make_loss_fn(model, *, masked):
+    def loss_fn(params, batch_stats, batch, *, rng):
+        variables = {"params": params, "batch_stats": batch_stats}
+        mask = batch["mask"] if masked else None
+        out, updates = model.apply(variables, batch["x"], mask, mutable=["batch_stats"])
+        return jnp.mean((out - batch["y"]) ** 2), (updates["batch_stats"], {})
+
+    return loss_fn
+
+
+def one_step(model, batch, *, masked, mode="jit", devices=1, state=None, **micro):
+    partition = Partition(mode=mode, devices=jax.devices()[:devices])
+    step = make_train_step(
+        make_loss_fn(model, masked=masked),
+        SGD,
+        transform=WeightStandardization(),
+        micro_batches=MicroBatches(**micro),
+        axis_name=partition.axis_name,
+    )
+    if state is None:
+        variables = jax.jit(model.init)(jax.random.key(0), batch["x"][:1])
+        state = TrainState.create(variables, SGD)
+    state, metrics = partition.compile(step)(
+        partition.place_state(state), partition.place_batch(batch)
+    )
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def relative_difference(one, other):
+    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
+    return max(jax.tree.leaves(scaled))
+
+
+SCAN = {"count": 4, "loop": "scan"}
+DEVICES = {"mode": "shard_map", "devices": 8, "count": 2, "loop": "scan"}
+SPLITS = [
+    SCAN,
+    DEVICES,
+    {"count": 2, "loop": "unroll"},
+    {"count": 4, "loop": "vmap"},
+    {"mode": "pmap", "devices": 4, "count": 4, "loop": "vmap"},
+    {"mode": "jit", "devices": 8},
+]
+CASES = [("masked", Shared(), split) for split in SPLITS] + [
+    (name, model, split)
+    for name, model in [
+        ("shared", Shared()),
+        ("masked_remat", Shared(rematerialized)),
+        ("scanned", Scanned()),
+    ]
+    for split in (SCAN, DEVICES)
+]
+_references = {}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "split"),
+    CASES,
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else str(v)[:12],
+)
+def test_every_split_gives_the_same_step(name, model, split, batch):
+    masked = name.startswith("masked")
+    if name not in _references:
+        # From the second step on: estimates, momentum and parameters have moved.
+        state, _ = one_step(model, batch, masked=masked)
+        _references[name] = state, one_step(model, batch, masked=masked, state=state)
+    state, expected = _references[name]
+    actual = one_step(model, batch, masked=masked, state=state, **split)
+    assert relative_difference(expected, actual) < TOLERANCE
+
+
+def test_what_flax_does_depends_on_the_split(batch):
+    """What shows that the tolerance above tells something: each call sees the one before."""
+    sequential = functools.partial(BatchChannelNorm, num_groups=4, order="update_first")
+    whole, _ = one_step(Shared(sequential), batch, masked=False)
+    split, _ = one_step(Shared(sequential), batch, masked=False, count=16, loop="vmap")
+    assert relative_difference(whole, split) > 1e-3
+
+
+def apply_twice(first, second, **options):
+    """A layer called twice in one apply, outside of any training step."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, first, second):
+            norm = Norm(use_running_average=False, name="norm", **options)
+            return norm(first), norm(second)
+
+    model = Twice()
+    variables = model.init(jax.random.key(0), first, second)
+    stats = {"norm": {"mean": jnp.arange(8.0), "var": jnp.full(8, 3.0), "count": jnp.float32(5)}}
+    variables = {**variables, "batch_stats": stats}
+    outputs, updates = model.apply(variables, first, second, mutable=["batch_stats"])
+    return outputs, updates["batch_stats"]["norm"]
+
+
+def test_two_calls_in_one_apply_are_one_call_on_both(batch):
+    """The second is normalized as the first, and the update is that of both together."""
+    first, second = batch["x"][:8], batch["x"][8:] + 1
+    (y1, y2), twice = apply_twice(first, second)
+    norm = Norm(use_running_average=False)
+    x = jnp.concatenate([first, second])
+    variables = norm.init(jax.random.key(0), x)
+    stats = {"mean": jnp.arange(8.0), "var": jnp.full(8, 3.0), "count": jnp.float32(5)}
+    variables = {**variables, "batch_stats": stats}
+    y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_close(jnp.concatenate([y1, y2]), y, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(twice, updates["batch_stats"], rtol=1e-6)
+    assert float(twice["count"]) == 6
+
+
+def test_applies_do_not_know_of_each_other(batch):
+    """The next apply begins with the statistics it receives."""
+    norm = Norm(use_running_average=False)
+    variables = norm.init(jax.random.key(0), batch["x"])
+    for count in (1, 2, 3):
+        _, updates = norm.apply(variables, batch["x"], mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        assert float(updates["batch_stats"]["count"]) == count
+    bound = norm.bind(variables, mutable=["batch_stats"])
+    bound(batch["x"])
+    assert float(bound.variables["batch_stats"]["count"]) == 4
+
+
+def test_stacked_layers_have_sums_of_their_own(batch):
+    """An ensemble by nn.vmap: every statistic has a leading axis."""
+
+    class Ensemble(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stacked = nn.vmap(
+                BatchChannelNorm,
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True},
+                in_axes=1,
+                out_axes=1,
+            )
+            return stacked(**Norm.keywords, use_running_average=False, name="norm")(x)
+
+    x = batch["x"].reshape(8, 2, 8, 8, 8)
+    model = Ensemble()
+    variables = model.init(jax.random.key(0), x)
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        variables = {"params": params, "batch_stats": batch_stats}
+        y, updates = model.apply(variables, batch["x"], mutable=["batch_stats"])
+        return jnp.mean(y**2), (updates["batch_stats"], {})
+
+    step = jax.jit(make_train_step(loss_fn, SGD, micro_batches=MicroBatches(count=2)))
+    state, _ = step(TrainState.create(variables, SGD), {"x": x})
+    _, updates = model.apply(variables, x, mutable=["batch_stats"])
+    chex.assert_trees_all_close(state.batch_stats, updates["batch_stats"], rtol=1e-5, atol=1e-6)
+    assert state.batch_stats["norm"]["count"].shape == (2,)
+
+
+def test_frozen_variables_train(batch):
+    """FrozenDict in, FrozenDict out, with the same numbers."""
+    model = Shared()
+    variables = jax.jit(model.init)(jax.random.key(0), batch["x"][:1])
+    results = [
+        one_step(model, batch, masked=True, state=TrainState.create(kind(variables), SGD))[0]
+        for kind in (unfreeze, freeze)
+    ]
+    assert type(results[1].params) is type(results[1].batch_stats) is type(freeze({}))
+    chex.assert_trees_all_equal(*(jax.tree.leaves(result) for result in results))
+
+
+def test_statistics_that_are_not_bcns_pass_through(batch):
+    """nn.BatchNorm beside a BatchChannelNorm, and a loss that leaves statistics alone."""
+
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask=None):
+            x = nn.BatchNorm(use_running_average=False, name="bn")(x)
+            return Norm(use_running_average=False, name="bcn")(x).mean((1, 2))
+
+    model = Mixed()
+    variables = jax.jit(model.init)(jax.random.key(0), batch["x"][:1])
+    state = TrainState.create(variables, SGD)
+    step = make_train_step(make_loss_fn(model, masked=False), SGD)
+    after, _ = jax.jit(step)(state, batch)
+    _, updates = model.apply(variables, batch["x"], mutable=["batch_stats"])
+    chex.assert_trees_all_close(after.batch_stats, updates["batch_stats"], rtol=1e-6, atol=1e-6)
+
+    def indifferent(params, batch_stats, batch, *, rng):
+        return jnp.sum(params["bcn"]["batch_scale"]), (batch_stats, {})
+
+    after, _ = jax.jit(make_train_step(indifferent, SGD))(state, batch)
+    chex.assert_trees_all_equal(after.batch_stats, variables["batch_stats"])

@@ -1,0 +1,101 @@
+"""Running statistics of a training step: added up over calls, micro-batches and devices.
+
+A step reads the statistics as they stood when it began. ``collecting`` gives every
+``BatchChannelNorm`` a place to add up what its calls would make of them, weighted by how much of
+the activation counts; these sums may be averaged over micro-batches and devices of equal size, as
+gradients are, and ``advance`` makes the new statistics of them. So it does not matter how the
+activations that a layer normalizes in a step are split.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from wsbcn_flax.ops import RunningStats
+
+CALLS = "calls"  # The name, in the step's batch_stats, of a layer's sums.
+
+
+class CallSums(NamedTuple):
+    """Sums over the calls of one layer.
+
+    Attributes:
+        mean: [C], of the new running means, each times its call's weight.
+        var: [C], of the new running variances, each times its call's weight.
+        weight: [], of the weights: the fraction of each call's positions that a mask lets count.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    weight: jax.Array
+
+    @classmethod
+    def zero(cls, stats: RunningStats) -> "CallSums":
+        """The sums before the first call."""
+        return cls(*map(jnp.zeros_like, stats))
+
+    def add(self, new: RunningStats, mask: jax.Array | None) -> "CallSums":
+        """The sums after a call which, alone, would have made the statistics ``new``."""
+        dtype = self.weight.dtype
+        weight = jnp.ones((), dtype) if mask is None else jnp.mean(mask, dtype=dtype)
+        return CallSums(
+            self.mean + weight * new.mean, self.var + weight * new.var, self.weight + weight
+        )
+
+    def statistics(self, before: RunningStats) -> RunningStats:
+        """The statistics after all calls, which together are one update."""
+        any_valid = self.weight > 0
+        # Layers stacked by nn.vmap or nn.scan have a weight each.
+        weight = jnp.where(any_valid, self.weight, 1)
+        weight = weight.reshape(weight.shape + (1,) * (self.mean.ndim - weight.ndim))
+        moved = jnp.broadcast_to(any_valid.reshape(weight.shape), self.mean.shape)
+        return RunningStats(
+            jnp.where(moved, self.mean / weight, before.mean),
+            jnp.where(moved, self.var / weight, before.var),
+            before.count + any_valid.astype(before.count.dtype),
+        )
+
+
+def collecting(batch_stats: Any) -> Any:
+    """The batch_stats with zero sums beside the statistics of every ``BatchChannelNorm``."""
+    leaves = _flatten(batch_stats)
+    for layer in _layers(leaves):
+        leaves[*layer, CALLS] = CallSums.zero(_statistics(leaves, layer))
+    return traverse_util.unflatten_dict(leaves)
+
+
+def collected(batch_stats: Any) -> Any:
+    """What a loss function made of ``collecting``'s result, for layers with sums those alone."""
+    leaves = _flatten(batch_stats)
+    for layer in _layers(leaves):
+        if (*layer, CALLS) in leaves:
+            for name in RunningStats._fields:
+                del leaves[*layer, name]
+    return traverse_util.unflatten_dict(leaves)
+
+
+def advance(before: Any, sums: Any) -> Any:
+    """The batch_stats after the step, from those before it and what was ``collected`` in it."""
+    old, new = _flatten(before), _flatten(sums)
+    for path in [path for path in new if path[-1] == CALLS]:
+        layer = path[:-1]
+        after = new.pop(path).statistics(_statistics(old, layer))
+        new |= {(*layer, name): value for name, value in after._asdict().items()}
+    return traverse_util.unflatten_dict(new)
+
+
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    return traverse_util.flatten_dict(tree, keep_empty_nodes=True)
+
+
+def _layers(leaves: Mapping[tuple[str, ...], Any]) -> list[tuple[str, ...]]:
+    """The paths under which there are a mean, a var and a count."""
+    paths = [path[:-1] for path in leaves if path[-1:] == ("count",)]
+    return [path for path in paths if all((*path, name) in leaves for name in RunningStats._fields)]
+
+
+def _statistics(leaves: Mapping[tuple[str, ...], Any], layer: tuple[str, ...]) -> RunningStats:
+    return RunningStats(*(leaves[*layer, name] for name in RunningStats._fields))
