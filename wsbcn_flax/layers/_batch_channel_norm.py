@@ -162,7 +162,7 @@ class BatchChannelNorm(nn.Module):
         stats = RunningStats(*(variable.value for variable in running))
         if self.has_variable("batch_stats", CALLS):
             return stats  # In a training step these stay as they are.
-        return self._calls_of_this_apply().get(self.scope.path, (stats, None))[0]
+        return self._calls_of_this_apply().get(self.path, (stats, None))[0]
 
     def _record_call(
         self,
@@ -177,10 +177,10 @@ class BatchChannelNorm(nn.Module):
             self.put_variable("batch_stats", CALLS, calls.add(new, mask))
             return
         of_this_apply = self._calls_of_this_apply()
-        is_first = self.scope.path not in of_this_apply
-        _, calls = of_this_apply.get(self.scope.path, (before, CallSums.zero(before)))
+        is_first = self.path not in of_this_apply
+        _, calls = of_this_apply.get(self.path, (before, CallSums.zero(before)))
         calls = calls.add(new, mask)
-        of_this_apply[self.scope.path] = before, calls
+        of_this_apply[self.path] = before, calls
         after = new if is_first else calls.statistics(before)
         for variable, value in zip(running, after, strict=True):
             variable.value = value

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from wsbcn_flax.ops._channel_norm import normalize_groups
 from wsbcn_flax.ops._checks import (
@@ -326,7 +327,7 @@ def _check_rate(value: Any, name: str) -> None:
             f"{name} must be one number from 0 to 1, or a schedule that returns one, received "
             f"{value!r}."
         )
-    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) <= 1:
+    if not isinstance(value, Tracer) and not 0 <= float(value) <= 1:
         raise ValueError(
             f"{name} must be the weight of the new statistics, from 0 to 1, received {value}. "
             "It is one minus Flax's momentum: 0.1 where that is 0.9."

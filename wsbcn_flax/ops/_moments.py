@@ -97,7 +97,9 @@ def _mean_and_var_jvp(primals, tangents):
     return (mean, var), push_forward(x, mask, ChannelMoments(shift, mean, var, weight), tangents[0])
 
 
-def moment_tangents(x, mask, moments: ChannelMoments, x_tangent, scale=1.0):
+def moment_tangents(
+    x, mask, moments: ChannelMoments, x_tangent, *, scale: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """The tangents of mean and var: E[t] and 2 E[(x - shift - mean) t], from two sums of one pass.
 
     The sums are divided by ``scale`` first, and multiplied last, for what their transpose ends in.
@@ -105,7 +107,7 @@ def moment_tangents(x, mask, moments: ChannelMoments, x_tangent, scale=1.0):
     axes = tuple(range(1, x.ndim - 1))
     tangent = without_padding(x_tangent.astype(moments.mean.dtype), mask)
     distance = distance_from(moments.shift, x, mask)
-    if mask is None:
+    if moments.weight is None:
         count = math.prod(x.shape[1:-1])
     else:
         count, tangent = jnp.where(moments.weight > 0, moments.weight, 1), mask * tangent
