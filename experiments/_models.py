@@ -13,7 +13,7 @@ from flax.training.dynamic_scale import DynamicScale
 from experiments._baselines import BarrierBatchNorm, NaiveBatchChannelNorm, NoNorm
 from experiments._config import ModelConfig, NormConfig, Recipe, WeightConfig
 from wsbcn_flax import BatchChannelNorm, WeightStandardization, models
-from wsbcn_flax.transforms import normalized_convolutions
+from wsbcn_flax.transforms import ConvolutionKernel, normalized_convolutions
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{
@@ -89,14 +89,19 @@ def make_transform(
     """
     if config.kind == "none":
         return None
-    where = None
-    if model is not None:
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        # The convolutions are the same with any normalization, and this one is quick to trace.
-        traced = model.clone(norm=nn.LayerNorm)
-        where = normalized_convolutions(traced, images, train=False)
+    # The convolutions are the same with any normalization and dtype; LayerNorm is quick to trace.
+    plain = None if model is None else model.clone(norm=nn.LayerNorm, dtype=None)
+    where = None if plain is None else _convolutions(plain, image_shape)
     preset = config.preset if config.kind == "ws" else config.kind
     return WeightStandardization(preset=preset, where=where)
+
+
+@functools.lru_cache(maxsize=64)
+def _convolutions(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> tuple[ConvolutionKernel, ...]:
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return normalized_convolutions(model, images, train=False)
 
 
 def make_model(recipe: Recipe, *, num_classes: int, axis_name: str | None = None) -> nn.Module:
