@@ -281,7 +281,7 @@ def _advance(running: RunningStats, rate: Rate, any_valid, mean, var) -> Running
     dtype = running.mean.dtype
     step = jnp.asarray(rate(running.count) if callable(rate) else rate, dtype)
     mean, var = (lax.stop_gradient(value).astype(dtype) for value in (mean, var))
-    moves = any_valid & jnp.isfinite(mean) & jnp.isfinite(var)
+    moves = any_valid & jnp.isfinite(var)  # It is not finite where the mean is not.
     return RunningStats(
         jnp.where(moves, running.mean + step * (mean - running.mean), running.mean),
         jnp.where(moves, running.var + step * (var - running.var), running.var),

@@ -121,10 +121,11 @@ def typical_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
     In the statistics' dtype. One outlier, wherever it is, is never the median.
     """
-    three = jnp.stack(_three_values(x, mask)).astype(statistics_dtype(x.dtype))
-    # The largest of the smaller of each two. A reduction, which XLA for CPU does once and not for
-    # each element of x.
-    return jnp.max(jnp.minimum(three, jnp.roll(three, 1, axis=0)), axis=0)
+    a, b, c = (value.astype(statistics_dtype(x.dtype)) for value in _three_values(x, mask))
+    median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    # A division by one, which XLA for CPU does once, where it would repeat the rest for each
+    # element of x.
+    return median / jnp.where(jnp.isnan(median), median, 1)
 
 
 def _three_values(x, mask) -> tuple[jax.Array, ...]:
