@@ -16,6 +16,7 @@ from wsbcn_flax.training import MicroBatches, Partition, TrainState, make_train_
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = 5e-6
+NAMES = ("mean", "var", "count")
 SGD = optax.sgd(0.1, momentum=0.9)
 Norm = functools.partial(BatchChannelNorm, num_groups=4, order="normalize_first")
 
@@ -239,9 +240,20 @@ def test_frozen_variables_train(batch):
 def test_statistics_that_are_not_bcns_pass_through(batch):
     """nn.BatchNorm beside a BatchChannelNorm, and a loss that leaves statistics alone."""
 
+    class Centered(nn.Module):
+        """Somebody else's, with statistics of the same names."""
+
+        @nn.compact
+        def __call__(self, x):
+            stats = {n: self.variable("batch_stats", n, jnp.zeros, ()) for n in NAMES}
+            for name, variable in stats.items():
+                variable.value = variable.value + len(name) * x.mean()
+            return x - stats["mean"].value
+
     class Mixed(nn.Module):
         @nn.compact
         def __call__(self, x, mask=None):
+            x = Centered(name="centered")(x)
             x = nn.BatchNorm(use_running_average=False, name="bn")(x)
             return Norm(use_running_average=False, name="bcn")(x).mean((1, 2))
 
@@ -251,6 +263,7 @@ def test_statistics_that_are_not_bcns_pass_through(batch):
     step = make_train_step(make_loss_fn(model, masked=False), SGD)
     after, _ = jax.jit(step)(state, batch)
     _, updates = model.apply(variables, batch["x"], mutable=["batch_stats"])
+    assert updates["batch_stats"]["centered"]["count"] != 0
     chex.assert_trees_all_close(after.batch_stats, updates["batch_stats"], rtol=1e-6, atol=1e-6)
 
     def indifferent(params, batch_stats, batch, *, rng):

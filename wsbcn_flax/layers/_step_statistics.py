@@ -67,13 +67,25 @@ def collecting(batch_stats: Any) -> Any:
     return traverse_util.unflatten_dict(leaves)
 
 
-def collected(batch_stats: Any) -> Any:
-    """What a loss function made of ``collecting``'s result, for layers with sums those alone."""
-    leaves = _flatten(batch_stats)
+def collected(given: Any, batch_stats: Any) -> Any:
+    """What is to be averaged of the batch_stats that a loss function returned.
+
+    The sums alone where a layer added to them. A module of somebody else's that keeps a mean, a
+    var and a count as well, and knows nothing of sums, has its statistics averaged.
+
+    Args:
+        given: What ``collecting`` made, which the loss function received.
+        batch_stats: What it returned.
+    """
+    old, leaves = _flatten(given), _flatten(batch_stats)
     for layer in _layers(leaves):
-        if (*layer, CALLS) in leaves:
-            for name in RunningStats._fields:
-                del leaves[*layer, name]
+        sums = (*layer, CALLS)
+        if sums not in leaves:
+            continue
+        untouched = leaves[sums].weight is old[sums].weight
+        moved = leaves[*layer, "mean"] is not old[*layer, "mean"]
+        for path in [sums] if untouched and moved else [(*layer, n) for n in RunningStats._fields]:
+            del leaves[path]
     return traverse_util.unflatten_dict(leaves)
 
 

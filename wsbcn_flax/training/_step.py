@@ -130,8 +130,9 @@ def _adds_calls_up(loss_fn: LossFn) -> LossFn:
     """The loss function, whose batch_stats are sums to average and then to ``advance`` by."""
 
     def adding_loss_fn(params, batch_stats, batch, *, rng):
-        loss, (sums, metrics) = loss_fn(params, collecting(batch_stats), batch, rng=rng)
-        return loss, (collected(sums), metrics)
+        given = collecting(batch_stats)
+        loss, (returned, metrics) = loss_fn(params, given, batch, rng=rng)
+        return loss, (collected(given, returned), metrics)
 
     return adding_loss_fn
 
