@@ -38,3 +38,19 @@ def test_outputs_are_rounded_only_at_the_end(statistics, shape, data):
     assert (np.abs(np.asarray(y, np.float64) - expected.y) <= allowed).all()
     np.testing.assert_allclose(new.mean, expected.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(new.var, expected.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("mean", "second_pass"), [(5.0, False), (1e4, True)])
+def test_a_second_pass_is_made_only_where_the_mean_is_far(mean, second_pass, monkeypatch):
+    """By a branch: no pass is added to a step whose running means are near."""
+    taken, cond = [], jax.lax.cond
+
+    def spy(is_far, *branches):
+        taken.append(bool(is_far))
+        return cond(is_far, *branches)
+
+    x = jnp.asarray(5 + rng.normal(size=(8, 6, 6, 4)), jnp.bfloat16)
+    running = RunningStats.fresh(4)._replace(mean=jnp.full(4, mean, jnp.float32))
+    monkeypatch.setattr(jax.lax, "cond", spy)
+    batch_channel_norm(x, running, num_groups=2)
+    assert taken == [second_pass]

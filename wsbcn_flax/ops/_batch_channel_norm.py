@@ -22,7 +22,7 @@ from wsbcn_flax.ops._checks import (
     full_mask,
 )
 from wsbcn_flax.ops._explicit_axes import with_automatic_axes
-from wsbcn_flax.ops._moments import ChannelMoments, channel_moments
+from wsbcn_flax.ops._moments import ChannelMoments, channel_moments, moments_about
 
 Statistics = Literal["batch", "estimate"]
 Order = Literal["update_first", "normalize_first"]
@@ -191,7 +191,14 @@ def _batch_channel_norm(
         # XLA for TPU tiles so small a batch innermost, and then writes each broadcast [B, C] array
         # out at the activation's size, unless a barrier stands before (libtpu 0.0.42).
         x = lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
-    moments = channel_moments(x, mask=mask)
+    if x.dtype == jnp.bfloat16 and _devices() == 1:
+        # A ResNet-50 step on a v5e is estimated at 0.91 of the time with moments about values of x,
+        # at 2 images. Not over global arrays: whether a mean is far off would be an all-reduce.
+        scale = epsilon if statistics == "batch" else running.var + epsilon
+        floor = epsilon * jnp.broadcast_to(scale, running.var.shape)
+        moments = moments_about(x, running.mean, mask=mask, floor=floor)
+    else:
+        moments = channel_moments(x, mask=mask)
     computed = moments.mean.dtype
     if statistics == "batch":
         center, var, new = _batch_statistics(moments, running, rate, axis_name)
@@ -225,10 +232,14 @@ def _batch_channel_norm(
 
 def _few_on_a_device(samples: int) -> bool:
     """Whether each device of the current mesh holds at most ``_FEW`` samples."""
-    if not isinstance(samples, int):
-        return False  # The symbolic batch of an exported program.
+    # The batch of an exported program may be symbolic.
+    return isinstance(samples, int) and samples <= _FEW * _devices()
+
+
+def _devices() -> int:
+    """The number of devices that share the arrays seen here, as ``jit`` spreads them."""
     mesh = jax.sharding.get_abstract_mesh()
-    return samples <= _FEW * math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
 def _updated_estimates(moments, running, rate, axis_name) -> RunningStats:

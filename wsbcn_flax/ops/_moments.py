@@ -15,6 +15,10 @@ from wsbcn_flax.ops._checks import (
     statistics_dtype,
 )
 
+# Squared distance of a shift from a mean, over the variance, beyond which float32 loses too much of
+# the variance for outputs in bfloat16: 2^-24 of that distance is 2^-12 of the variance.
+_FAR = 2.0**12
+
 
 class ChannelMoments(NamedTuple):
     """Moments of an activation [B, ..., C] over its positions, per sample and channel.
@@ -70,13 +74,57 @@ def channel_moments(
     elif shift.ndim != 2:
         check_channels(x.shape[-1], caller="channel_moments", shift=shift)
         shift = shift[None]
+    return _moments_from(x, shift, None, mask)
+
+
+def moments_about(
+    x: jax.Array, shift: jax.Array, *, mask: jax.Array | None, floor: jax.Array
+) -> ChannelMoments:
+    """``channel_moments`` about a shift [C] that is known beforehand, in one pass if it is near.
+
+    Where it is so far from some mean that float32 would lose that channel's variance to
+    cancellation, a second pass takes all moments about the means just found.
+
+    Args:
+        x: [B, ..., C].
+        shift: Values near the channels' means, as running means are after some steps.
+        mask: As ``channel_moments`` takes it.
+        floor: Variance [C] below which a channel's need not be exact.
+    """
+    return _moments_from(x, shift[None], floor, full_mask(mask, x))
+
+
+def _moments_from(x, shift, floor, mask) -> ChannelMoments:
     shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
     weight = None if mask is None else jnp.sum(mask, tuple(range(1, x.ndim - 1)))
-    return ChannelMoments(shift, *_mean_and_var(x, shift, mask, weight), weight)
+    return ChannelMoments(*_moments(x, shift, floor, mask, weight), weight)
 
 
 # A rule of its own: autodiff would keep x - shift in float32 beside x.
 @jax.custom_jvp
+def _moments(x, shift, floor, mask, weight):
+    mean, var = _mean_and_var(x, shift, mask, weight)
+    if floor is None:
+        return shift, mean, var
+    floor = lax.stop_gradient(floor.astype(var.dtype))[None]
+    is_far = jnp.any(lax.square(mean) > _FAR * (var + floor))
+    shift = shift + jnp.zeros_like(mean)  # Of one type in both branches, in a shard_map as well.
+
+    def about_the_means():
+        return shift + mean, *_mean_and_var(x, shift + mean, mask, weight)
+
+    return lax.cond(is_far, about_the_means, lambda: (shift, mean, var))
+
+
+@_moments.defjvp
+def _moments_jvp(primals, tangents):
+    x, _, _, mask, weight = primals
+    shift, mean, var = _moments(*primals)
+    push_forward = jax.checkpoint(moment_tangents, prevent_cse=False)
+    pushed = push_forward(x, mask, ChannelMoments(shift, mean, var, weight), tangents[0])
+    return (shift, mean, var), (jnp.zeros_like(shift), *pushed)
+
+
 def _mean_and_var(x, shift, mask, weight):
     axes = tuple(range(1, x.ndim - 1))
     distance = distance_from(shift, x, mask)
@@ -87,14 +135,6 @@ def _mean_and_var(x, shift, mask, weight):
         mean = jnp.sum(mask * distance, axes) / count
         square = jnp.sum(mask * lax.square(distance), axes) / count
     return mean, jnp.maximum(square - lax.square(mean), 0)
-
-
-@_mean_and_var.defjvp
-def _mean_and_var_jvp(primals, tangents):
-    x, shift, mask, weight = primals
-    mean, var = _mean_and_var(*primals)
-    push_forward = jax.checkpoint(moment_tangents, prevent_cse=False)
-    return (mean, var), push_forward(x, mask, ChannelMoments(shift, mean, var, weight), tangents[0])
 
 
 def moment_tangents(
