@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.ops._checks import check_activation, check_groups, check_mask, full_mask
-from wsbcn_flax.ops._explicit_axes import with_automatic_axes
+from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automatic_axes
 from wsbcn_flax.ops._moments import (
     ChannelMoments,
     at_positions,
@@ -80,6 +80,7 @@ def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon):
         moments,
         jnp.ones((1, x.shape[-1]), shift.dtype),
         jnp.zeros((1, x.shape[-1]), shift.dtype),
+        jnp.zeros((1, x.shape[-1]), shift.dtype),
         scale,
         bias,
         num_groups=num_groups,
@@ -93,7 +94,8 @@ def normalize_groups(
     x: jax.Array,
     moments: ChannelMoments,
     slope: jax.Array,
-    offset: jax.Array,
+    center: jax.Array,
+    constant: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
     *,
@@ -102,9 +104,10 @@ def normalize_groups(
     mask: jax.Array | None,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Channel normalization of y = slope (x - shift) + offset, whose moments follow from x's.
+    """Channel normalization of y = slope (x - shift + center) + constant, by the moments of x.
 
-    With the mean and var of x - shift, and d = offset - E[slope mean + offset] over the group,
+    With offset = slope center + constant, the mean and var of x - shift, and
+    d = offset - E[slope mean + offset] over the group,
 
         std^2 = E[slope^2 var + (slope mean + d)^2] + epsilon
         out   = (x - shift) slope scale / std + d scale / std + bias
@@ -116,8 +119,9 @@ def normalize_groups(
     Args:
         x: [B, ..., C].
         moments: Moments of x, with the same mask. Their part in the derivative is added to x's.
-        slope: [1 or B, C].
-        offset: [1 or B, C].
+        slope: [1, C].
+        center: [1 or B, C].
+        constant: [1, C].
         scale: [C] or [num_groups], or None for one.
         bias: [C] or [num_groups], or None for zero.
         num_groups: divides C.
@@ -128,15 +132,15 @@ def normalize_groups(
     features = x.shape[-1]
     scale = _per_channel(scale, 1, features, num_groups, moments.mean.dtype, "scale")
     bias = _per_channel(bias, 0, features, num_groups, moments.mean.dtype, "bias")
-    # Only differences within a group matter. Where a running mean is far off they are small numbers
-    # beside large ones, which are subtracted first.
-    offset = offset - lax.stop_gradient(offset[:, :1])
-    # As one array, so that their gradients are summed over samples, and devices, as one.
-    affine = jnp.stack(jnp.broadcast_arrays(slope, offset, scale, bias))
-    affine = jnp.broadcast_to(affine, (4, *moments.mean.shape))
-    # By a split, whose transpose is one concatenation.
-    affine = tuple(part[0] for part in lax.split(affine, (1, 1, 1, 1)))
-    return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, affine)
+    affine = slope, constant, scale, bias
+    if devices_that_share_arrays() > 1:
+        # As one array, so that their gradients are summed over samples, and devices, as one: XLA
+        # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
+        affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.mean.shape))
+        affine = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
+    affine = (jnp.broadcast_to(part, moments.mean.shape) for part in affine)
+    center = jnp.broadcast_to(center, moments.mean.shape)
+    return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, (center, *affine))
 
 
 # A rule of its own, linear in the tangents of x and of the affine map: autodiff of the formula
@@ -186,8 +190,12 @@ def _map(num_groups, epsilon, mean, var, affine):
     repeats a cheap operation for each element of x, that of group indices included, but no
     division.
     """
-    slope, offset, scale, bias = affine
+    center, slope, constant, scale, bias = affine
     features = mean.shape[-1]
+    offset = slope * center + constant
+    # Only differences within a group matter. Where a running mean is far off they are small numbers
+    # beside large ones, which are subtracted first.
+    offset = offset - lax.stop_gradient(offset[:, :1])
     d = offset - _spread(_group_mean(slope * mean + offset, num_groups), features)
     square = jnp.square(slope) * var + jnp.square(slope * mean + d)
     std = _spread(jnp.sqrt(_group_mean(square, num_groups) + epsilon), features)

@@ -1,10 +1,17 @@
-"""Operations on arrays whose type names the mesh axes that they are sharded over."""
+"""Operations on arrays that are sharded over a mesh."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+
+
+def devices_that_share_arrays() -> int:
+    """The number of devices over which ``jit`` spreads the arrays seen here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
 def with_automatic_axes(function: Callable[..., Any], arrays: tuple[Any, ...], like: Any) -> Any:

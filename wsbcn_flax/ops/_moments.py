@@ -97,7 +97,8 @@ def moments_about(
 def _moments_from(x, shift, floor, mask) -> ChannelMoments:
     shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
     weight = None if mask is None else jnp.sum(mask, tuple(range(1, x.ndim - 1)))
-    return ChannelMoments(*_moments(x, shift, floor, mask, weight), weight)
+    shift, mean, var = _moments(x, shift, floor, mask, weight)
+    return ChannelMoments(shift, mean, var, weight)
 
 
 # A rule of its own: autodiff would keep x - shift in float32 beside x.
