@@ -38,7 +38,7 @@ def closed_form(depth, width, classes, *, preactivation):
 
 
 @pytest.mark.parametrize("block", [BasicBlock, PreActBlock])
-@pytest.mark.parametrize("depth", [8, 20, 110])
+@pytest.mark.parametrize("depth", [8, 20])
 @pytest.mark.parametrize("width", [16, 6])
 def test_number_of_parameters(depth, width, block):
     model = CifarResNet(depth=depth, width=width, num_classes=7, block=block)
@@ -65,8 +65,10 @@ def test_convolutions_start_he_normal_by_fan_out():
             assert jnp.abs(kernel).max() > 2.5 * std, "not truncated"
 
 
-@pytest.mark.parametrize("block", [BasicBlock, PreActBlock])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("norm", "block"),
+    [*((norm, BasicBlock) for norm in NORMS), ("batch_norm", PreActBlock), ("bcn", PreActBlock)],
+)
 def test_injected_norms_are_told_the_mode(norm, block):
     """Train mode updates every norm's statistics; evaluation uses them, whatever the batch."""
     model = CifarResNet(depth=8, width=8, norm=NORMS[norm], block=block, conv=WSConv)

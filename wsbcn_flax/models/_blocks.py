@@ -1,132 +1,43 @@
 """Residual blocks, two convolutions or three, activated after the sum or before each convolution.
 
-Each public block is one of two orders joined with one of two branches; nothing is written twice.
+Each block is written out as its equation. A network reads two attributes of its class, ``depth``
+and ``preactivation``, to lay out what is around the blocks.
 """
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
 from wsbcn_flax.models._layers import ModuleFactory, make_conv
 
-
-class _ResidualBlock(nn.Module):
-    """What all blocks share: their fields and the projection of the shortcut."""
-
-    features: int
-    conv: ModuleFactory
-    norm: ModuleFactory
-    strides: int = 1
-    dropout: ModuleFactory = functools.partial(nn.Dropout, rate=0.0, deterministic=True)
-
-    # What the network around the blocks reads, to lay its stages out.
-    depth: ClassVar[int]
-    preactivation: ClassVar[bool]
-
-    def _convolutions(self) -> list[nn.Module]:
-        """The branch's convolutions in order, from any number of channels to ``features``."""
-        raise NotImplementedError
-
-    def _changes_shape(self, x: jax.Array) -> bool:
-        return self.strides != 1 or x.shape[-1] != self.features
-
-    def _project(self, x: jax.Array) -> jax.Array:
-        return make_conv(self.conv, self.features, 1, strides=self.strides, name="shortcut_conv")(x)
+no_dropout = functools.partial(nn.Dropout, rate=0.0, deterministic=True)
+zeros = nn.initializers.zeros
 
 
-class _TwoConvolutions(_ResidualBlock):
-    """The branch of basic blocks: 3x3, 3x3."""
-
-    depth = 2
-
-    def _convolutions(self) -> list[nn.Module]:
-        return [
-            make_conv(self.conv, self.features, 3, strides=self.strides, name="conv1"),
-            make_conv(self.conv, self.features, 3, name="conv2"),
-        ]
+def block_class(block: ModuleFactory) -> Any:
+    """The class of a block that may be a partial of one, or either under ``nn.remat``."""
+    while isinstance(block, functools.partial):
+        block = block.func
+    return block
 
 
-class _ThreeConvolutions(_ResidualBlock):
-    """The branch of bottlenecks: 1x1 to fewer channels, 3x3 in groups, 1x1 back."""
-
-    groups: int = 1
-    base_width: int = 64
-
-    depth = 3
-
-    def __post_init__(self):
-        if self.features <= 0 or self.features * self.base_width % 256:
-            raise ValueError(
-                "A bottleneck's features / 4 * base_width / 64 channels in each group must be a "
-                f"whole number, received features={self.features}, base_width={self.base_width}. "
-                "Use features divisible by 4 with base_width=64."
-            )
-        super().__post_init__()
-
-    def _convolutions(self) -> list[nn.Module]:
-        inner = self.features * self.base_width // 256 * self.groups
-        return [
-            make_conv(self.conv, inner, 1, name="conv1"),
-            make_conv(self.conv, inner, 3, strides=self.strides, groups=self.groups, name="conv2"),
-            make_conv(self.conv, self.features, 1, name="conv3"),
-        ]
-
-
-class _PostActivation(_ResidualBlock):
-    """Convolution, normalization, ReLU; the last ReLU follows the sum."""
-
-    preactivation = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
-        shortcut = x
-        if self._changes_shape(x):
-            shortcut = self.norm(name="shortcut_norm")(self._project(x))
-        *convolutions, last = self._convolutions()
-        for index, convolution in enumerate(convolutions, start=1):
-            x = nn.relu(self.norm(name=f"norm{index}")(convolution(x)))
-        x = last(self.dropout(name="dropout")(x))
-        x = self.norm(name=f"norm{self.depth}", scale_init=nn.initializers.zeros)(x)
-        return nn.relu(shortcut + x)
-
-
-class _PreActivation(_ResidualBlock):
-    """Normalization, ReLU, convolution; the shortcut runs through the network untouched."""
-
-    activated_shortcut: bool = False
-
-    preactivation = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
-        shortcut = x
-        for index, convolution in enumerate(self._convolutions(), start=1):
-            x = nn.relu(self.norm(name=f"norm{index}")(x))
-            if index == 1 and self._changes_shape(shortcut):
-                shortcut = self._project(x if self.activated_shortcut else shortcut)
-            if index == self.depth:
-                x = self.dropout(name="dropout")(x)
-            x = convolution(x)
-        return shortcut + x
-
-
-class BasicBlock(_PostActivation, _TwoConvolutions):
+class BasicBlock(nn.Module):
     """relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x)))))), the last scale starting at zero.
 
     The shortcut is the identity, or a 1x1 convolution and a normalization where the stride or the
     number of features changes.
 
     Attributes:
-        features: channels of the output.
-        conv: makes a convolution, called like ``nn.Conv``.
-        norm: makes a normalization in the right mode, called with ``name`` and ``scale_init``.
-        strides: of the first convolution.
-        dropout: makes a dropout in the right mode, called with ``name``; before the last
-            convolution. None by default.
+        features: Number of output channels.
+        conv: Maker of a convolution, called like ``nn.Conv``.
+        norm: Maker of a normalization in the right mode, called with ``name`` and ``scale_init``.
+        strides: Strides of the first convolution.
+        dilation: Dilation of the 3x3 convolutions.
+        first_dilation: Dilation of the first of them; ``dilation`` if None.
+        dropout: Maker of a dropout in the right mode, called with ``name``. It stands before the
+            last convolution; there is none by default.
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
@@ -140,22 +51,49 @@ class BasicBlock(_PostActivation, _TwoConvolutions):
         (1, 8, 8, 16)
     """
 
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    strides: int = 1
+    dilation: int = 1
+    first_dilation: int | None = None
+    dropout: ModuleFactory = no_dropout
 
-class Bottleneck(_PostActivation, _ThreeConvolutions):
+    depth: ClassVar[int] = 2
+    preactivation: ClassVar[bool] = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
+        conv3 = functools.partial(make_conv, self.conv, self.features, 3)
+        first = self.first_dilation or self.dilation
+        y = conv3(strides=self.strides, dilation=first, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.dropout(name="dropout")(y)
+        y = conv3(dilation=self.dilation, name="conv2")(y)
+        y = self.norm(name="norm2", scale_init=zeros)(y)
+        if changes_shape(self, x):
+            x = project(self, x)
+            x = self.norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class Bottleneck(nn.Module):
     """relu(shortcut(x) + norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x)))))))), 1x1, 3x3, 1x1.
 
     The 3x3 convolution has features / 4 * base_width / 64 channels in each of its groups, and the
     stride. The last scale starts at zero. The shortcut is ``BasicBlock``'s.
 
     Attributes:
-        features: channels of the output.
-        conv, norm, dropout: as in ``BasicBlock``.
-        strides: of the 3x3 convolution.
-        groups: of the 3x3 convolution; more than one is ResNeXt's block.
-        base_width: channels of a group of the 3x3 convolution where features is 256.
+        features: Number of output channels.
+        conv, norm, dropout: Makers of layers, as in ``BasicBlock``.
+        strides: Strides of the 3x3 convolution.
+        dilation, first_dilation: As in ``BasicBlock``, whose first 3x3 convolution is the one here.
+        groups: Number of groups of the 3x3 convolution; more than one is ResNeXt's block.
+        base_width: Channels in a group of the 3x3 convolution where ``features`` is 256.
 
     Raises:
-        ValueError: if a group's number of channels is not a whole number.
+        ValueError: If a group's number of channels is not a whole number; when called.
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;
@@ -171,8 +109,37 @@ class Bottleneck(_PostActivation, _ThreeConvolutions):
         (3, 3, 4, 128)
     """
 
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    strides: int = 1
+    dilation: int = 1
+    first_dilation: int | None = None
+    dropout: ModuleFactory = no_dropout
+    groups: int = 1
+    base_width: int = 64
 
-class PreActBlock(_PreActivation, _TwoConvolutions):
+    depth: ClassVar[int] = 3
+    preactivation: ClassVar[bool] = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
+        width = bottleneck_width(self)
+        y = make_conv(self.conv, width, 1, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = grouped_conv(self, width)(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.dropout(name="dropout")(y)
+        y = make_conv(self.conv, self.features, 1, name="conv3")(y)
+        y = self.norm(name="norm3", scale_init=zeros)(y)
+        if changes_shape(self, x):
+            x = project(self, x)
+            x = self.norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
+class PreActBlock(nn.Module):
     """shortcut(x) + conv2(relu(norm2(conv1(relu(norm1(x)))))).
 
     The shortcut is the identity, or a 1x1 convolution where the stride or the number of features
@@ -180,13 +147,15 @@ class PreActBlock(_PreActivation, _TwoConvolutions):
     and the branch would never learn.
 
     Attributes:
-        features: channels of the output.
-        conv: makes a convolution, called like ``nn.Conv``.
-        norm: makes a normalization in the right mode, called with ``name``.
-        strides: of the first convolution.
-        dropout: makes a dropout in the right mode, called with ``name``; before the last
-            convolution. None by default.
-        activated_shortcut: whether the shortcut's convolution takes relu(norm1(x)), as in wide
+        features: Number of output channels.
+        conv: Maker of a convolution, called like ``nn.Conv``.
+        norm: Maker of a normalization in the right mode, called with ``name``.
+        strides: Strides of the first convolution.
+        dilation: Dilation of the 3x3 convolutions.
+        first_dilation: Dilation of the first of them; ``dilation`` if None.
+        dropout: Maker of a dropout in the right mode, called with ``name``. It stands before the
+            last convolution; there is none by default.
+        activated_shortcut: Whether the shortcut's convolution takes relu(norm1(x)), as in wide
             residual networks, instead of x.
 
     References:
@@ -202,20 +171,47 @@ class PreActBlock(_PreActivation, _TwoConvolutions):
         (1, 4, 4, 32)
     """
 
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    strides: int = 1
+    dilation: int = 1
+    first_dilation: int | None = None
+    dropout: ModuleFactory = no_dropout
+    activated_shortcut: bool = False
 
-class PreActBottleneck(_PreActivation, _ThreeConvolutions):
+    depth: ClassVar[int] = 2
+    preactivation: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
+        conv3 = functools.partial(make_conv, self.conv, self.features, 3)
+        first = self.first_dilation or self.dilation
+        y = nn.relu(self.norm(name="norm1")(x))
+        if changes_shape(self, x):
+            x = project(self, y if self.activated_shortcut else x)
+        y = conv3(strides=self.strides, dilation=first, name="conv1")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.dropout(name="dropout")(y)
+        y = conv3(dilation=self.dilation, name="conv2")(y)
+        return x + y
+
+
+class PreActBottleneck(nn.Module):
     """shortcut(x) + conv3(relu(norm3(conv2(relu(norm2(conv1(relu(norm1(x)))))))), 1x1, 3x3, 1x1.
 
     The channels are ``Bottleneck``'s, the shortcut is ``PreActBlock``'s.
 
     Attributes:
-        features: channels of the output.
-        conv, norm, dropout, activated_shortcut: as in ``PreActBlock``.
-        strides: of the 3x3 convolution.
-        groups, base_width: as in ``Bottleneck``.
+        features: Number of output channels.
+        conv, norm, dropout, activated_shortcut: As in ``PreActBlock``.
+        strides: Strides of the 3x3 convolution.
+        dilation, first_dilation: As in ``Bottleneck``.
+        groups, base_width: As in ``Bottleneck``.
 
     Raises:
-        ValueError: if a group's number of channels is not a whole number.
+        ValueError: If a group's number of channels is not a whole number; when called.
 
     References:
         He et al., Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027
@@ -228,3 +224,67 @@ class PreActBottleneck(_PreActivation, _ThreeConvolutions):
         >>> y.shape
         (1, 4, 4, 32)
     """
+
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    strides: int = 1
+    dilation: int = 1
+    first_dilation: int | None = None
+    dropout: ModuleFactory = no_dropout
+    activated_shortcut: bool = False
+    groups: int = 1
+    base_width: int = 64
+
+    depth: ClassVar[int] = 3
+    preactivation: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
+        width = bottleneck_width(self)
+        y = nn.relu(self.norm(name="norm1")(x))
+        if changes_shape(self, x):
+            x = project(self, y if self.activated_shortcut else x)
+        y = make_conv(self.conv, width, 1, name="conv1")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = grouped_conv(self, width)(y)
+        y = nn.relu(self.norm(name="norm3")(y))
+        y = self.dropout(name="dropout")(y)
+        y = make_conv(self.conv, self.features, 1, name="conv3")(y)
+        return x + y
+
+
+def changes_shape(block: Any, x: jax.Array) -> bool:
+    """Whether the shortcut must change the resolution or the number of channels."""
+    return block.strides != 1 or x.shape[-1] != block.features
+
+
+def project(block: Any, x: jax.Array) -> jax.Array:
+    """The 1x1 convolution of the shortcut."""
+    conv = make_conv(block.conv, block.features, 1, strides=block.strides, name="shortcut_conv")
+    return conv(x)
+
+
+def bottleneck_width(block: Any) -> int:
+    """Channels of the 3x3 convolution: features / 4 * base_width / 64 in each group."""
+    if block.features <= 0 or block.features * block.base_width % 256:
+        raise ValueError(
+            "A bottleneck's features / 4 * base_width / 64 channels in each group must be a whole "
+            f"number, received features={block.features}, base_width={block.base_width}. Use "
+            "features divisible by 4 with base_width=64."
+        )
+    return block.features * block.base_width // 256 * block.groups
+
+
+def grouped_conv(block: Any, width: int) -> nn.Module:
+    """The 3x3 convolution of a bottleneck, which strides."""
+    return make_conv(
+        block.conv,
+        width,
+        3,
+        strides=block.strides,
+        dilation=block.first_dilation or block.dilation,
+        groups=block.groups,
+        name="conv2",
+    )

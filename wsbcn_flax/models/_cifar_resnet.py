@@ -5,9 +5,14 @@ import functools
 import flax.linen as nn
 import jax
 
-from wsbcn_flax.models._blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
+from wsbcn_flax.models._blocks import (
+    BasicBlock,
+    Bottleneck,
+    PreActBlock,
+    PreActBottleneck,
+    block_class,
+)
 from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
-from wsbcn_flax.models._stages import probe, residual_stages
 
 
 class CifarResNet(nn.Module):
@@ -23,24 +28,24 @@ class CifarResNet(nn.Module):
     here is 26.
 
     Attributes:
-        depth: layers with weights, shortcuts not counted: 6n + 2 or 9n + 2.
-        num_classes: features of the head.
-        width: channels of the stem.
-        features: channels that the first stage's blocks return; ``width`` if None.
-        stem_strides: of the stem's convolution; 2 for images whose detail is coarse, such as
-            MNIST's, at a quarter of the cost.
-        dropout_rate: in each block before its last convolution; above 0, training needs
-            ``rngs={"dropout": key}``.
-        block: ``BasicBlock``, ``PreActBlock``, ``Bottleneck``, ``PreActBottleneck``, a partial of
-            one, or any of these under ``nn.remat``.
-        conv: makes a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
-        norm: makes a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or a
-            partial of them. It is told the mode where it takes ``use_running_average``.
-        dtype: of the computation; the head's logits are float32 or wider.
+        depth: Number of layers with weights, shortcuts not counted: 6n + 2 or 9n + 2.
+        num_classes: Number of classes; None returns the features of every stage, without a head.
+        width: Number of channels of the stem.
+        features: Number of channels that the first stage's blocks return; ``width`` if None.
+        stem_strides: Strides of the stem's convolution; 2 for images whose detail is coarse, such
+            as MNIST's, at a quarter of the cost.
+        dropout_rate: Dropout rate in each block before its last convolution; above 0, training
+            needs ``rngs={"dropout": key}``.
+        block: Class of the blocks: ``BasicBlock``, ``PreActBlock``, ``Bottleneck``,
+            ``PreActBottleneck``, a partial of one, or any of these under ``nn.remat``.
+        conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
+        norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
+            a partial of them. It is told the mode where it takes ``use_running_average``.
+        dtype: Computation dtype; the head's logits are float32 or wider.
 
     Raises:
-        TypeError: for images that are not floating-point.
-        ValueError: for a depth that whole blocks do not make, a dropout rate outside [0, 1), or
+        TypeError: If the images are not floating-point.
+        ValueError: For a depth that whole blocks do not make, a dropout rate outside [0, 1), or
             images that are not [B, H, W, C].
 
     References:
@@ -64,7 +69,7 @@ class CifarResNet(nn.Module):
     """
 
     depth: int
-    num_classes: int = 10
+    num_classes: int | None = 10
     width: int = 16
     features: int | None = None
     stem_strides: int = 1
@@ -75,7 +80,7 @@ class CifarResNet(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        layers = 3 * probe(self.block, self._features).depth
+        layers = 3 * block_class(self.block).depth
         if self.depth < layers + 2 or (self.depth - 2) % layers:
             examples = ", ".join(str(layers * n + 2) for n in (1, 2, 3, 4, 6, 9, 18))
             raise ValueError(
@@ -85,31 +90,41 @@ class CifarResNet(nn.Module):
             raise ValueError(f"dropout_rate must be in [0, 1), received {self.dropout_rate}.")
         super().__post_init__()
 
-    @property
-    def _features(self) -> int:
-        return self.width if self.features is None else self.features
-
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits [B, num_classes] of floating-point images [B, H, W, C].
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
+        """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
+
+        Without classes it returns a tuple of every stage's features, from [B, H, W, features] on.
 
         Args:
-            images: normalized images.
-            train: whether normalizations use and update training statistics, and dropout drops;
+            images: Normalized images.
+            train: Whether normalizations use and update training statistics, and dropout drops;
                 then apply with ``mutable=["batch_stats"]``.
         """
         check_images(images)
         conv = functools.partial(self.conv, dtype=self.dtype)
         norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
         dropout = functools.partial(nn.Dropout, self.dropout_rate, deterministic=not train)
-        blocks = (self.depth - 2) // (3 * probe(self.block, self._features).depth)
-        x = residual_stages(
-            make_conv(conv, self.width, 3, strides=self.stem_strides, name="stem_conv")(images),
-            stage_sizes=(blocks, blocks, blocks),
-            features=self._features,
-            block=functools.partial(self.block, conv=conv, norm=norm, dropout=dropout),
-            norm=norm,
-        )
+        kind = block_class(self.block)
+        x = make_conv(conv, self.width, 3, strides=self.stem_strides, name="stem_conv")(images)
+        if not kind.preactivation:
+            x = nn.relu(norm(name="stem_norm")(x))
+        outputs = []
+        for stage in (1, 2, 3):
+            for index in range((self.depth - 2) // (3 * kind.depth)):
+                x = self.block(
+                    (self.features or self.width) * 2 ** (stage - 1),
+                    conv=conv,
+                    norm=norm,
+                    strides=2 if stage > 1 and index == 0 else 1,
+                    dropout=dropout,
+                    name=f"stage{stage}_block{index + 1}",
+                )(x)
+            outputs.append(x)
+        if kind.preactivation:
+            x = nn.relu(norm(name="last_norm")(x))
+        if self.num_classes is None:
+            return (*outputs[:-1], x)
         return classify(x, self.num_classes)
 
 

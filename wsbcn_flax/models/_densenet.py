@@ -54,17 +54,17 @@ class DenseNet(nn.Module):
     ``conv2``, ``transition{b}`` with ``norm`` and ``conv``, ``last_norm`` and ``head``.
 
     Attributes:
-        depth: 6n + 4.
-        growth: channels that each layer appends.
-        num_classes: features of the head.
-        conv: makes a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
-        norm: makes a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or a
-            partial of them. It is told the mode where it takes ``use_running_average``.
-        dtype: of the computation; the head's logits are float32 or wider.
+        depth: Number of layers with weights, 6n + 4.
+        growth: Number of channels that each layer appends.
+        num_classes: Number of classes; None returns the features of every stage, without a head.
+        conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
+        norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
+            a partial of them. It is told the mode where it takes ``use_running_average``.
+        dtype: Computation dtype; the head's logits are float32 or wider.
 
     Raises:
-        TypeError: for images that are not floating-point.
-        ValueError: for a depth that is not 6n + 4, a growth below 1, or images that are not
+        TypeError: If the images are not floating-point.
+        ValueError: For a depth that is not 6n + 4, a growth below 1, or images that are not
             [B, H, W, C] or smaller than 4x4.
 
     References:
@@ -84,7 +84,7 @@ class DenseNet(nn.Module):
 
     depth: int
     growth: int
-    num_classes: int = 10
+    num_classes: int | None = 10
     conv: ModuleFactory = nn.Conv
     norm: ModuleFactory = nn.BatchNorm
     dtype: jax.typing.DTypeLike | None = None
@@ -99,25 +99,32 @@ class DenseNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits [B, num_classes] of floating-point images [B, H, W, C].
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
+        """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
+
+        Without classes it returns a tuple of every stage's features.
 
         Args:
-            images: normalized images, at least 4 high and wide.
-            train: whether normalizations use and update training statistics; then apply with
+            images: Normalized images, at least 4 high and wide.
+            train: Whether normalizations use and update training statistics; then apply with
                 ``mutable=["batch_stats"]``.
         """
         check_images(images, halvings=2)
         conv = functools.partial(self.conv, dtype=self.dtype)
         norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
         x = make_conv(conv, 2 * self.growth, 3, name="stem_conv")(images)
+        outputs = []
         for block in (1, 2, 3):
             if block > 1:
                 x = _Transition(conv=conv, norm=norm, name=f"transition{block - 1}")(x)
             for layer in range(1, (self.depth - 4) // 6 + 1):
                 name = f"block{block}_layer{layer}"
                 x = _DenseLayer(self.growth, conv=conv, norm=norm, name=name)(x)
-        return classify(nn.relu(norm(name="last_norm")(x)), self.num_classes)
+            outputs.append(x)
+        x = nn.relu(norm(name="last_norm")(x))
+        if self.num_classes is None:
+            return (*outputs[:-1], x)
+        return classify(x, self.num_classes)
 
 
 DenseNetBC100_12 = functools.partial(DenseNet, depth=100, growth=12)

@@ -22,6 +22,7 @@ def make_conv(
     size: int,
     *,
     strides: int = 1,
+    dilation: int = 1,
     groups: int = 1,
     name: str,
 ) -> nn.Module:
@@ -30,7 +31,8 @@ def make_conv(
         features,
         (size, size),
         strides=strides,
-        padding=(size - 1) // 2,
+        padding=dilation * (size - 1) // 2,
+        kernel_dilation=dilation,
         feature_group_count=groups,
         use_bias=False,
         kernel_init=kernel_init,

@@ -6,10 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import lax
 
-from wsbcn_flax.models._blocks import BasicBlock, Bottleneck
+from wsbcn_flax.models._blocks import BasicBlock, Bottleneck, block_class
 from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
-from wsbcn_flax.models._stages import probe, residual_stages
 
 
 class ResNet(nn.Module):
@@ -26,21 +26,27 @@ class ResNet(nn.Module):
     ``shortcut_conv`` and ``shortcut_norm``, and ``head``.
 
     Attributes:
-        stage_sizes: blocks in each stage.
-        features: channels that the first stage's blocks return.
-        block: ``BasicBlock``, ``Bottleneck``, their pre-activation siblings, a partial of one, or
-            any of these under ``nn.remat``.
-        num_classes: features of the head.
-        stem_features: channels of the stem.
-        conv: makes a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
-        norm: makes a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or a
-            partial of them. It is told the mode where it takes ``use_running_average``.
-        dtype: of the computation; parameters, and the head's logits, are float32 or wider.
+        stage_sizes: Number of blocks in each stage.
+        features: Number of channels that the first stage's blocks return.
+        block: Class of the blocks: ``BasicBlock``, ``Bottleneck``, their pre-activation siblings,
+            a partial of one, or any of these under ``nn.remat``.
+        num_classes: Number of classes; None returns the features of every stage, without a head.
+        stem_features: Number of channels of the stem.
+        dilations: Dilation of each stage's 3x3 convolutions; all 1 if None. A stage whose dilation
+            exceeds the one before keeps the resolution, and its first 3x3 convolution has the
+            dilation before, as in torchvision: (1, 1, 2, 4) has output stride 8.
+        frozen_stages: Number of frozen parts: 0 none, 1 the stem, 2 the stem and the first stage,
+            and so on. Their normalizations use running statistics and do not update them, and their
+            parameters have gradients of zero.
+        conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
+        norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
+            a partial of them. It is told the mode where it takes ``use_running_average``.
+        dtype: Computation dtype; parameters, and the head's logits, are float32 or wider.
 
     Raises:
-        TypeError: for images that are not floating-point.
-        ValueError: for a stage without blocks, features that the block cannot have, or images that
-            are not [B, H, W, C].
+        TypeError: If the images are not floating-point.
+        ValueError: For a stage without blocks, dilations or frozen stages that do not fit the
+            stages, features that the block cannot have, or images that are not [B, H, W, C].
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;
@@ -62,40 +68,78 @@ class ResNet(nn.Module):
     stage_sizes: Sequence[int]
     features: int
     block: ModuleFactory
-    num_classes: int = 1000
+    num_classes: int | None = 1000
     stem_features: int = 64
+    dilations: Sequence[int] | None = None
+    frozen_stages: int = 0
     conv: ModuleFactory = nn.Conv
     norm: ModuleFactory = nn.BatchNorm
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
+        sizes, dilations = self.stage_sizes, self.dilations
+        if not sizes or min(sizes) < 1:
             raise ValueError(
-                f"Each stage must have at least one block, received stage_sizes={self.stage_sizes}."
+                f"Each stage must have at least one block, received stage_sizes={sizes}."
             )
-        probe(self.block, self.features)
+        if dilations is not None and (len(dilations) != len(sizes) or min(dilations) < 1):
+            raise ValueError(
+                f"dilations must be one positive number for each of {len(sizes)} stages, received "
+                f"{dilations}."
+            )
+        if not 0 <= self.frozen_stages <= len(sizes) + 1:
+            raise ValueError(
+                f"frozen_stages must be from 0 to {len(sizes) + 1}, the stem and all stages, "
+                f"received {self.frozen_stages}."
+            )
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits [B, num_classes] of floating-point images [B, H, W, C].
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
+        """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
+
+        Without classes it returns a tuple of every stage's features, from [B, H / 4, W / 4,
+        features] on.
 
         Args:
-            images: normalized images.
-            train: whether normalizations use and update training statistics; then apply with
+            images: Normalized images.
+            train: Whether normalizations use and update training statistics; then apply with
                 ``mutable=["batch_stats"]``.
         """
         check_images(images)
         conv = functools.partial(self.conv, dtype=self.dtype)
-        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
-        x = residual_stages(
-            make_conv(conv, self.stem_features, 7, strides=2, name="stem_conv")(images),
-            stage_sizes=self.stage_sizes,
-            features=self.features,
-            block=functools.partial(self.block, conv=conv, norm=norm),
-            norm=norm,
-            pool=_max_pool,
-        )
+
+        def norm_of(stage: int) -> ModuleFactory:
+            norm = functools.partial(self.norm, dtype=self.dtype)
+            return bind_mode(norm, train=train and stage >= self.frozen_stages)
+
+        preactivation = block_class(self.block).preactivation
+        x = make_conv(conv, self.stem_features, 7, strides=2, name="stem_conv")(images)
+        if not preactivation:
+            x = nn.relu(norm_of(0)(name="stem_norm")(x))
+        x = _max_pool(x)
+        x = lax.stop_gradient(x) if self.frozen_stages else x
+
+        outputs = []
+        dilations = self.dilations or (1,) * len(self.stage_sizes)
+        for stage, size in enumerate(self.stage_sizes, start=1):
+            before, dilation = (dilations[0], *dilations)[stage - 1 : stage + 1]
+            for index in range(size):
+                x = self.block(
+                    self.features * 2 ** (stage - 1),
+                    conv=conv,
+                    norm=norm_of(stage),
+                    strides=2 if stage > 1 and index == 0 and dilation <= before else 1,
+                    dilation=dilation,
+                    first_dilation=before if index == 0 else None,
+                    name=f"stage{stage}_block{index + 1}",
+                )(x)
+            x = lax.stop_gradient(x) if stage < self.frozen_stages else x
+            outputs.append(x)
+        if preactivation:
+            x = nn.relu(norm_of(len(outputs))(name="last_norm")(x))
+        if self.num_classes is None:
+            return (*outputs[:-1], x)
         return classify(x, self.num_classes)
 
 

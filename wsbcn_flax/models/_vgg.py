@@ -21,17 +21,17 @@ class VGG(nn.Module):
     Submodules: ``stage{s}_conv{i}``, ``stage{s}_norm{i}`` and ``head``.
 
     Attributes:
-        stage_sizes: convolutions in each stage.
-        stage_features: channels of each stage.
-        num_classes: features of the head.
-        conv: makes a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
-        norm: makes a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or a
-            partial of them. It is told the mode where it takes ``use_running_average``.
-        dtype: of the computation; the head's logits are float32 or wider.
+        stage_sizes: Number of convolutions in each stage.
+        stage_features: Number of channels of each stage.
+        num_classes: Number of classes; None returns the features of every stage, without a head.
+        conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
+        norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
+            a partial of them. It is told the mode where it takes ``use_running_average``.
+        dtype: Computation dtype; the head's logits are float32 or wider.
 
     Raises:
-        TypeError: for images that are not floating-point.
-        ValueError: for stages without convolutions or of unequal number, or images that are not
+        TypeError: If the images are not floating-point.
+        ValueError: For stages without convolutions or of unequal number, or images that are not
             [B, H, W, C] or too small to be halved so often.
 
     References:
@@ -49,7 +49,7 @@ class VGG(nn.Module):
 
     stage_sizes: Sequence[int]
     stage_features: Sequence[int] = (64, 128, 256, 512, 512)
-    num_classes: int = 10
+    num_classes: int | None = 10
     conv: ModuleFactory = nn.Conv
     norm: ModuleFactory = nn.BatchNorm
     dtype: jax.typing.DTypeLike | None = None
@@ -64,24 +64,29 @@ class VGG(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits [B, num_classes] of floating-point images [B, H, W, C].
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
+        """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
+
+        Without classes it returns a tuple of every stage's features.
 
         Args:
-            images: normalized images, at least 2^stages high and wide.
-            train: whether normalizations use and update training statistics; then apply with
+            images: Normalized images, at least 2^stages high and wide.
+            train: Whether normalizations use and update training statistics; then apply with
                 ``mutable=["batch_stats"]``.
         """
         check_images(images, halvings=len(self.stage_sizes))
         conv = functools.partial(self.conv, dtype=self.dtype)
         norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
-        x = images
+        x, outputs = images, []
         stages = zip(self.stage_sizes, self.stage_features, strict=True)
         for stage, (size, features) in enumerate(stages, start=1):
             for index in range(1, size + 1):
                 x = make_conv(conv, features, 3, name=f"stage{stage}_conv{index}")(x)
                 x = nn.relu(norm(name=f"stage{stage}_norm{index}")(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            outputs.append(x)
+        if self.num_classes is None:
+            return tuple(outputs)
         return classify(x, self.num_classes)
 
 
