@@ -136,7 +136,11 @@ CATALOGUE: dict[str, Entry] = {
         params=frozenset({"kernel", "bias"}),
     ),
     "bcn_update_first": Entry(
-        name="BatchChannelNorm", make=_bcn(), shape=(2, 5, 6, 4), params=_BCN, stats=_STATS
+        name="BatchChannelNorm",
+        make=_bcn(order="update_first"),
+        shape=(2, 5, 6, 4),
+        params=_BCN,
+        stats=_STATS,
     ),
     "bcn_normalize_first": Entry(
         name="BatchChannelNorm",
@@ -166,9 +170,13 @@ CATALOGUE: dict[str, Entry] = {
         params=_BCN | {"kernel"},
         stats=_STATS,
     ),
-    "preact_block": Entry(
+    "preact_block_dropout": Entry(
         name="PreActBlock",
-        make=_residual(PreActBlock),
+        make=_residual(
+            PreActBlock,
+            activated_shortcut=True,
+            dropout=functools.partial(nn.Dropout, 0.25, deterministic=False),
+        ),
         shape=(2, 6, 6, 4),
         params=_BCN | {"kernel"},
         stats=_STATS,
@@ -179,6 +187,14 @@ CATALOGUE: dict[str, Entry] = {
         shape=(2, 6, 6, 4),
         params=_BCN | {"kernel"},
         stats=_STATS,
+    ),
+    "vgg": Entry(
+        name="VGG",
+        make=_network(VGG, stage_sizes=(1, 2), stage_features=(4, 8)),
+        shape=(2, 8, 8, 3),
+        params=_NETWORK_PARAMS,
+        stats=_STATS,
+        call={"train": True},
     ),
     "cifar_resnet": Entry(
         name="CifarResNet",
@@ -217,14 +233,6 @@ CATALOGUE: dict[str, Entry] = {
         stats=_STATS,
         call={"train": True},
     ),
-    "vgg": Entry(
-        name="VGG",
-        make=_network(VGG, stage_sizes=(1, 2), stage_features=(4, 8)),
-        shape=(2, 8, 8, 3),
-        params=_NETWORK_PARAMS,
-        stats=_STATS,
-        call={"train": True},
-    ),
     "densenet": Entry(
         name="DenseNet",
         make=_network(DenseNet, depth=10, growth=8, norm=_GroupNorm),
@@ -233,3 +241,6 @@ CATALOGUE: dict[str, Entry] = {
         call={"train": True},
     ),
 }
+
+# The other networks are made of these blocks, but for DenseNet.
+PARTS = {n: e for n, e in CATALOGUE.items() if n == "vgg" or not e.returns_logits}

@@ -1,6 +1,10 @@
 """Strict settings for every test: eight CPU devices, no silent rank promotion, no leaked state."""
 
+import contextlib
+import gc
 import os
+import pathlib
+import time
 
 # Tests spend their time compiling programs that run once: LLVM's optimizations cost five times what
 # they save. XLA's own passes, which decide fusions and collectives, run as ever.
@@ -12,11 +16,33 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiled programs are shared by workers, by the processes that tests start, and by later runs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Bounds the cache: drops programs that no run has read for a week."""
+    if hasattr(config, "workerinput"):
+        return
+    for program in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # Another run may have dropped it.
+            if program.stat().st_atime < time.time() - 7 * 24 * 3600:
+                program.unlink()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_programs():
+    """Frees a module's compiled programs when it ends: they are most of a worker's memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

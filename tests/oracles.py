@@ -1,5 +1,6 @@
 """Formulas of the papers, written once more in plain numpy or autodiff, to test against."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,12 +80,8 @@ def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_vjp(function: Callable, primals: tuple, cotangent) -> tuple:
     """The function's value, and the cotangent pulled back to each primal, compiled as one."""
-
-    @jax.jit
-    def evaluate(primals, cotangent):
-        value, vjp = jax.vjp(function, *primals)
-        return value, vjp(cotangent)
-
-    return evaluate(primals, cotangent)
+    value, vjp = jax.vjp(function, *primals)
+    return value, vjp(cotangent)

@@ -217,7 +217,8 @@ CASES = {
     "growth": Case(lambda: DenseNet(depth=100, growth=0), r"at least 1, received 0"),
     "dropout rate": Case(lambda: resnet(dropout_rate=1.0), r"\[0, 1\), received 1.0"),
     "features of a bottleneck": Case(
-        lambda: ResNet50(features=30), r"whole number.*features=30, base_width=64.*divisible by 4"
+        lambda: ResNet50(features=30).init(jax.random.key(0), X[:, :8, :8], train=False),
+        r"whole number.*features=30, base_width=64.*divisible by 4",
     ),
     "stage without blocks": Case(
         lambda: ResNet18(stage_sizes=(2, 0)), r"at least one block.*\(2, 0\)"

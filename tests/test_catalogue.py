@@ -8,23 +8,67 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
-from catalogue import CATALOGUE
+from catalogue import CATALOGUE, PARTS
 from flax import traverse_util
 from jax import lax
 
 from wsbcn_flax import layers, models
 
-each_entry = pytest.mark.parametrize("entry", CATALOGUE.values(), ids=list(CATALOGUE))
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=2e-4, atol=2e-5)
 
-
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+# Module-scoped fixtures are shared by index: PARTS are the first entries of CATALOGUE.
+each_part = pytest.mark.parametrize(
+    "entry", PARTS.values(), ids=list(PARTS), indirect=True, scope="module"
+)
 
 
-def loss_fn(entry, params, variables, x, dtype=None):
-    y, after = entry.apply({**variables, "params": params}, x, dtype=dtype)
-    return jnp.mean(jnp.sin(y.astype(jnp.float32))), (y, after)
+@pytest.fixture(scope="module", params=CATALOGUE.values(), ids=list(CATALOGUE))
+def entry(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def step(entry):
+    """The compiled training step, of which a second trace is an error."""
+    chex.clear_trace_counter()
+    return jax.jit(chex.assert_max_traces(entry.apply, n=1))
+
+
+@pytest.fixture(scope="module")
+def loss_fn(entry):
+    def loss_fn(params, variables, x, dtype=None):
+        y, after = entry.apply({**variables, "params": params}, x, dtype=dtype)
+        return jnp.mean(jnp.sin(y.astype(jnp.float32))), (y, after)
+
+    return loss_fn
+
+
+def strict_promotion(entry):
+    """Refuses operations that leave it to JAX which dtype wins, as Flax's normalizations do."""
+    return jax.numpy_dtype_promotion("standard" if "scale" in entry.params else "strict")
+
+
+@pytest.fixture(scope="module")
+def gradients(entry, loss_fn):
+    """A function of x and dtype: gradients of parameters and x, the output, the variables after."""
+    grad = jax.jit(jax.grad(loss_fn, argnums=(0, 2), has_aux=True), static_argnums=3)
+
+    def gradients(x, dtype=None):
+        with strict_promotion(entry):
+            return grad(entry.variables["params"], entry.variables, x, dtype)
+
+    return gradients
+
+
+@pytest.fixture(scope="module")
+def in_float32(entry, gradients):
+    with jax.checking_leaks():
+        return gradients(entry.example())
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def test_every_public_layer_and_model_is_in_the_catalogue():
@@ -35,7 +79,6 @@ def test_every_public_layer_and_model_is_in_the_catalogue():
     assert modules == {entry.name for entry in CATALOGUE.values()}
 
 
-@each_entry
 def test_names_of_parameters_and_statistics(entry):
     """What checkpoints are made of."""
     shapes = jax.eval_shape(
@@ -49,60 +92,35 @@ def test_names_of_parameters_and_statistics(entry):
     assert names == ({"batch_stats": entry.stats} if entry.stats else {})
 
 
-class VariantsTest(chex.TestCase):
-    """The same numbers eagerly, compiled, and replicated over devices."""
-
-    @chex.variants(with_jit=True, with_pmap=True)
-    @parameterized.named_parameters(CATALOGUE.items())
-    def test_compiled_equals_eager(self, entry):
-        variables, x = entry.variables, entry.example()
-        assert_close(self.variant(entry.apply)(variables, x), entry.apply(variables, x))
-
-
-@each_entry
-def test_gradients_are_finite_and_reach_every_parameter(entry):
+@each_part
+def test_compiled_equals_eager(entry, step):
     variables, x = entry.variables, entry.example()
-    grad = jax.jit(jax.grad(functools.partial(loss_fn, entry), argnums=(0, 2), has_aux=True))
-    gradients, _ = grad(variables["params"], variables, x)
-    chex.assert_tree_all_finite(gradients)
-    for leaf in jax.tree.leaves(gradients):
-        assert jnp.abs(leaf).max() > 0
+    assert_close(step(variables, x), entry.apply(variables, x))
 
 
-@each_entry
-def test_remat_changes_no_gradient(entry):
-    variables, x = entry.variables, entry.example()
-    loss = functools.partial(loss_fn, entry)
-    plain, remat = (
-        jax.jit(jax.grad(f, has_aux=True))(variables["params"], variables, x)
-        for f in (loss, jax.checkpoint(loss))
-    )
-    assert_close(remat, plain)
-
-
-@each_entry
-def test_vmap_equals_a_loop(entry):
-    variables = entry.variables
+@each_part
+@pytest.mark.parametrize("transformation", [jax.vmap, jax.pmap])
+def test_vmap_and_pmap_equal_a_loop(entry, step, transformation):
     batches = [entry.example(seed=seed) for seed in (1, 2, 3)]
-    apply = jax.jit(entry.apply)
-    expected = jax.tree.map(lambda *a: jnp.stack(a), *(apply(variables, x) for x in batches))
-    y, after = jax.jit(jax.vmap(entry.apply, in_axes=(None, 0)))(variables, jnp.stack(batches))
-    assert_close((y, after), expected)
+    mapped = jax.jit if transformation is jax.vmap else lambda function: function
+    mapped = mapped(transformation(entry.apply, in_axes=(None, 0)))
+    expected = stack([step(entry.variables, x) for x in batches])
+    assert_close(mapped(entry.variables, jnp.stack(batches)), expected)
 
 
-@each_entry
-def test_scan_equals_a_loop_that_carries_the_statistics(entry):
+@each_part
+def test_scan_equals_a_loop_that_carries_the_statistics_and_compiles_once(entry, step):
+    """The state that comes out has the types, weak ones included, of the state that goes in."""
     variables = entry.variables
     batches = [entry.example(seed=seed) for seed in (1, 2, 3)]
 
-    def step(variables, x):
+    def body(variables, x):
         y, after = entry.apply(variables, x)
         return after, y
 
-    last, outputs = jax.jit(lambda v, xs: lax.scan(step, v, xs))(variables, jnp.stack(batches))
-    apply = jax.jit(entry.apply)
+    last, outputs = jax.jit(lambda v, xs: lax.scan(body, v, xs))(variables, jnp.stack(batches))
     for x, actual in zip(batches, outputs, strict=True):
-        y, variables = apply(variables, x)
+        y, variables = step(variables, x)
         assert_close(actual, y)
     assert_close(last, variables)
     if entry.stats:
@@ -110,63 +128,74 @@ def test_scan_equals_a_loop_that_carries_the_statistics(entry):
         assert {int(v) for path, v in counts.items() if path.endswith("count")} == {3}
 
 
-@each_entry
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(entry, dtype):
+def test_gradients_are_finite_and_reach_every_parameter(in_float32):
+    gradients, _ = in_float32
+    chex.assert_tree_all_finite(gradients)
+    for leaf in jax.tree.leaves(gradients):
+        assert jnp.abs(leaf).max() > 0
+
+
+@each_part
+def test_remat_changes_no_gradient(entry, loss_fn, in_float32):
+    (expected, _), aux = in_float32
+    remat = jax.jit(jax.grad(jax.checkpoint(loss_fn), has_aux=True))
+    assert_close(
+        remat(entry.variables["params"], entry.variables, entry.example()), (expected, aux)
+    )
+
+
+def check_half_precision(entry, in_float32, dtype, y, after):
     """Finite, near float32, in the dtype asked for, with the state still in float32."""
-    variables, x = entry.variables, entry.example()
-    loss = functools.partial(loss_fn, entry)
-    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=3)
-    gradients, (y, after) = grad(variables["params"], variables, x.astype(dtype), dtype)
-    _, (expected, _) = grad(variables["params"], variables, x, None)
-    chex.assert_tree_all_finite((gradients, y, after))
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, variables)
+    _, (expected, _) = in_float32
+    chex.assert_tree_all_finite((y, after))
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, entry.variables)
     assert y.dtype == (jnp.float32 if entry.returns_logits else dtype)
     error = jnp.abs(y.astype(jnp.float32) - expected).max() / jnp.abs(expected).max()
     assert error < 30 * jnp.finfo(dtype).eps
 
 
-# Flax's own normalizations do not pass.
-OURS = {name: entry for name, entry in CATALOGUE.items() if "scale" not in entry.params}
+@each_part
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(entry, gradients, in_float32, dtype):
+    found, (y, after) = gradients(entry.example(dtype), dtype)
+    chex.assert_tree_all_finite(found)
+    check_half_precision(entry, in_float32, dtype, y, after)
 
 
-@pytest.mark.parametrize("entry", OURS.values(), ids=list(OURS))
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_strict_dtype_promotion(entry, dtype):
-    """No operation of ours leaves it to JAX which of two dtypes wins."""
-    variables, x = entry.variables, entry.example(dtype)
-    loss = functools.partial(loss_fn, entry, dtype=dtype)
-    with jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(jax.grad(loss, has_aux=True), variables["params"], variables, x)
-
-
-@each_entry
-def test_a_second_step_does_not_compile(entry):
-    """The state that comes out has the types, weak ones included, of the state that goes in."""
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(entry.apply, n=1))
-    variables = jax.device_put(entry.variables)
-    for seed in range(3):
-        _, variables = step(variables, entry.example(seed=seed))
-
-
-@each_entry
-def test_leaks_no_tracer(entry):
-    variables, x = entry.variables, entry.example()
-    with jax.checking_leaks():
-        jax.jit(jax.grad(functools.partial(loss_fn, entry), has_aux=True))(
-            variables["params"], variables, x
-        )
-
-
-@each_entry
+@each_part
 def test_float64(entry):
     with jax.enable_x64(True):
-        variables = jax.tree.map(lambda a: a.astype(jnp.float64), entry.variables)
-        y, after = jax.jit(entry.apply)(variables, entry.example(jnp.float64))
-        assert y.dtype == jnp.float64
-        chex.assert_trees_all_equal_shapes_and_dtypes(after, variables)
-        single, _ = jax.jit(entry.apply)(
-            jax.tree.map(lambda a: a.astype(jnp.float32), variables), entry.example()
+        wide, single = (
+            jax.tree.map(lambda a: a.astype(dtype), entry.variables)  # noqa: B023
+            for dtype in (jnp.float64, jnp.float32)
         )
-        np.testing.assert_allclose(single, y, atol=1e-4 * float(jnp.abs(y).max()))
+        y, _ = jax.jit(entry.apply)(wide, entry.example(jnp.float64))
+        # Dropout drops others where JAX's numbers have 32 bits.
+        expected, _ = jax.jit(entry.apply)(single, entry.example())
+    np.testing.assert_allclose(expected, y, atol=1e-4 * float(np.abs(y).max()))
+
+
+def test_whole_networks_in_other_dtypes(entry, in_float32):
+    """Numbers of the output in bfloat16, dtypes alone in float64; of parts, dtypes alone."""
+    if entry not in PARTS.values():
+        apply = functools.partial(entry.apply, dtype=jnp.bfloat16)
+        with strict_promotion(entry):
+            y, after = jax.jit(apply)(entry.variables, entry.example(jnp.bfloat16))
+        check_half_precision(entry, in_float32, jnp.bfloat16, y, after)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), entry.variables)
+        y, after = jax.eval_shape(entry.apply, wide, entry.example(jnp.float64))
+    assert y.dtype == jnp.float64
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, wide)
+
+
+def test_dense_layers_in_scan_in_vmap_equal_a_loop():
+    entry = CATALOGUE["densenet"]
+    step = jax.jit(entry.apply)
+    batches = jnp.stack(
+        [jnp.stack([entry.example(seed=2 * i + j) for j in (0, 1)]) for i in (0, 1)]
+    )
+    body = lambda _, x: (None, jax.checkpoint(entry.apply)(entry.variables, x))  # noqa: E731
+    mapped = jax.jit(jax.vmap(lambda xs: lax.scan(body, None, xs)[1]))
+    expected = stack([stack([step(entry.variables, x) for x in xs]) for xs in batches])
+    assert_close(mapped(batches), expected)

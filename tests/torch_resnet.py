@@ -56,13 +56,18 @@ def _random(rng, leaf, shape):
     return 0.3 * numbers
 
 
-def numbered_variables(name):
-    """Variables whose numbers tell where they are: within an array, all of them differ."""
+@functools.cache
+def _shapes(name):
     init = functools.partial(checkpoint_spec(name).make_model().init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    return traverse_util.flatten_dict(shapes)
+
+
+def numbered_variables(name):
+    """Variables whose numbers tell where they are: within an array, all of them differ."""
     leaves = {
         path: (index + np.arange(array.size).reshape(array.shape)).astype(np.float32)
-        for index, (path, array) in enumerate(traverse_util.flatten_dict(shapes).items())
+        for index, (path, array) in enumerate(_shapes(name).items())
     }
     return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
 

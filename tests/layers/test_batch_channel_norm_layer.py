@@ -118,8 +118,15 @@ def test_missing_batch_stats_says_what_to_pass(use_running_average):
         norm.apply(params, X, mutable=["batch_stats"])
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [
+        (None, jnp.float32),
+        (jnp.float32, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float16),
+        (jnp.float16, jnp.float32),
+    ],
+)
 def test_dtypes(dtype, param_dtype):
     norm = BatchChannelNorm(
         num_groups=4, dtype=dtype, param_dtype=param_dtype, use_running_average=False

@@ -1,6 +1,7 @@
 """batch_channel_norm against the authors' arrays, Flax, float64 numpy, and its own promises."""
 
 import functools
+import itertools
 import pathlib
 
 import chex
@@ -32,10 +33,11 @@ def parameters(features, num_groups, dtype=jnp.float32, seed=10):
     return [1 + 0.2 * v if i % 2 == 0 else v for i, v in enumerate(values)]
 
 
+@functools.cache
 def with_parameters(**options):
-    """A function of (x, batch_scale, batch_bias, channel_scale, channel_bias, running)."""
+    """A function of (x, batch_scale, batch_bias, channel_scale, channel_bias, running, mask)."""
 
-    def function(x, batch_scale, batch_bias, channel_scale, channel_bias, running):
+    def function(x, batch_scale, batch_bias, channel_scale, channel_bias, running, mask=None):
         return batch_channel_norm(
             x,
             running,
@@ -43,19 +45,22 @@ def with_parameters(**options):
             batch_bias=batch_bias,
             channel_scale=channel_scale,
             channel_bias=channel_bias,
+            mask=mask,
             **options,
         )
 
     return function
 
 
-def value_gradients_and_stats(function, primals, dy, running):
-    @jax.jit
-    def evaluate(primals, dy, running):
-        y, vjp, new = jax.vjp(lambda *p: function(*p, running), *primals, has_aux=True)
-        return y, vjp(dy), new
+@functools.partial(jax.jit, static_argnums=0)
+def value_gradients_and_stats(function, primals, dy, running, mask=None):
+    y, vjp, new = jax.vjp(lambda *p: function(*p, running, mask), *primals, has_aux=True)
+    return y, vjp(dy), new
 
-    return evaluate(primals, dy, running)
+
+@functools.cache
+def compiled(**options):
+    return jax.jit(functools.partial(batch_channel_norm, **options))
 
 
 def running_stats(seed, features, dtype=jnp.float32):
@@ -76,6 +81,7 @@ def test_equals_the_authors_code(statistics, dtype):
     options = {
         "num_groups": int(golden["num_groups"]),
         "statistics": statistics,
+        "order": "update_first",
         "rate": float(golden["rate"]),
     }
     running = RunningStats.fresh(golden["batch_scale"].size, dtype)
@@ -106,13 +112,13 @@ def test_equals_the_authors_code(statistics, dtype):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("shape", [(3, 5, 7, 12), (9, 12), (4, 11, 12), (2, 3, 4, 5, 12)])
+@pytest.mark.parametrize("shape", [(9, 12), (2, 3, 4, 5, 12)])
 def test_batch_statistics_equal_flax_batch_norm_then_group_norm(shape):
     x, dy = (1 + normal(seed, *shape, dtype=jnp.float64) for seed in (1, 2))
     values = parameters(12, 4, jnp.float64)
     running = running_stats(3, 12, jnp.float64)
 
-    def flax_norms(x, batch_scale, batch_bias, channel_scale, channel_bias, running):
+    def flax_norms(x, batch_scale, batch_bias, channel_scale, channel_bias, running, _):
         batch_norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, use_running_average=False)
         y, updates = batch_norm.apply(
             {
@@ -152,60 +158,62 @@ def test_equals_the_definition(statistics, order, rate):
 def test_estimates_are_constants_to_the_gradient(order):
     x, dy = (normal(seed, 3, 4, 4, 6, dtype=jnp.float64) for seed in (1, 2))
     running = running_stats(3, 6, jnp.float64)
-    options = {"num_groups": 2, "order": order}
-    new = batch_channel_norm(x, running, **options)[1]
+    ours = compiled(num_groups=2, order=order)
+    _, new = ours(x, running)
     used = new if order == "update_first" else running
 
     def constants(x):
         y = (x - used.mean[None, None, None]) / jnp.sqrt(used.var + 1e-5)[None, None, None]
         return channel_norm(y, num_groups=2)
 
-    ours = lambda x: batch_channel_norm(x, running, **options)[0]  # noqa: E731
-    actual, expected = (value_and_vjp(f, (x,), dy) for f in (ours, constants))
+    actual, expected = (
+        value_and_vjp(f, (x,), dy) for f in (lambda x: ours(x, running)[0], constants)
+    )
     assert tree_relative_error(actual, expected) < 1e-12
 
 
-@pytest.mark.parametrize("steady", [False, True])
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e1, 1e2, 1e3])
-@pytest.mark.parametrize("signs", ["same", "mixed"])
 @each_kind
-def test_float32_error(statistics, order, ratio, steady, signs):
-    """Against numpy in float64 on the same float32 input."""
-    sign = np.ones(16) if signs == "same" else np.where(np.arange(16) % 3 == 0, -1.0, 1.0)
-    x = jnp.asarray(sign * ratio, jnp.float32)[None, None, None] + normal(1, 2, 14, 14, 16)
-    running = RunningStats.fresh(16)
-    if steady:
+def test_float32_error(statistics, order):
+    """Against numpy in float64 on the same float32 input, near and far from zero.
+
+    With the moments of the batch as running statistics, the error is ten times smaller.
+    """
+    norm = compiled(num_groups=4, statistics=statistics, order=order)
+    signs = (np.ones(16), np.where(np.arange(16) % 3 == 0, -1.0, 1.0))
+    for sign, ratio in itertools.product(signs, [0.0, 1.0, 1e1, 1e2, 1e3]):
+        center = jnp.asarray(sign * ratio, jnp.float32)[None, None, None]
+        x = center + normal(1, 2, 14, 14, 16)
         wide = np.asarray(x, np.float64)
         mean, var = (jnp.asarray(f((0, 1, 2)), jnp.float32) for f in (wide.mean, wide.var))
-        running = RunningStats(mean, var, jnp.float32(100))
-    options = {"num_groups": 4, "statistics": statistics, "order": order}
-    y, new = jax.jit(functools.partial(batch_channel_norm, **options))(x, running)
-    expected = oracles.batch_channel_norm(x, running.mean, running.var, **options)
-    bound = 1e-5 if steady else 1e-4
-    assert tree_relative_error((y, new.mean, new.var), tuple(expected)) <= bound
+        steady = RunningStats(mean, var, jnp.float32(100))
+        for running, bound in ((RunningStats.fresh(16), 1e-4), (steady, 1e-5)):
+            y, new = norm(x, running)
+            expected = oracles.batch_channel_norm(
+                x, running.mean, running.var, num_groups=4, statistics=statistics, order=order
+            )
+            error = tree_relative_error((y, new.mean, new.var), tuple(expected))
+            assert error <= bound, (sign, ratio)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1e1, 1e3])
 @each_kind
-def test_float32_gradient_error(statistics, order, ratio):
-    x, dy = ratio + normal(1, 2, 14, 14, 16), normal(2, 2, 14, 14, 16)
-    running = RunningStats.fresh(16)._replace(mean=jnp.full(16, ratio, jnp.float32))
+def test_float32_gradient_error(statistics, order):
     function = with_parameters(num_groups=4, statistics=statistics, order=order)
-    values = (x, *parameters(16, 4))
-    actual = value_gradients_and_stats(function, values, dy, running)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (values, dy, running))
-        expected = value_gradients_and_stats(function, *wide)
-    assert tree_relative_error(actual, expected) <= 1e-4
+    for ratio in (0.0, 1e1, 1e3):
+        x, dy = ratio + normal(1, 2, 14, 14, 16), normal(2, 2, 14, 14, 16)
+        running = RunningStats.fresh(16)._replace(mean=jnp.full(16, ratio, jnp.float32))
+        arguments = ((x, *parameters(16, 4)), dy, running)
+        actual = value_gradients_and_stats(function, *arguments)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda a: a.astype(jnp.float64), arguments)
+            assert (
+                tree_relative_error(actual, value_gradients_and_stats(function, *wide)) <= 1e-4
+            ), ratio
 
 
 def test_float8_is_computed_in_float32():
     x = normal(1, 2, 8, 8, 12).astype(jnp.float8_e4m3fn)
-    norm = functools.partial(batch_channel_norm, num_groups=4)
-    (y, new), wide = (
-        norm(x, RunningStats.fresh(12)),
-        norm(x.astype(jnp.float32), RunningStats.fresh(12)),
-    )
+    norm, running = compiled(num_groups=4), RunningStats.fresh(12)
+    (y, new), wide = norm(x, running), norm(x.astype(jnp.float32), running)
     chex.assert_trees_all_equal((y, new), (wide[0].astype(x.dtype), wide[1]))
 
 
@@ -214,7 +222,7 @@ def test_float8_is_computed_in_float32():
 def test_half_precision_is_rounded_only_at_the_end(statistics, order, dtype):
     x, running = 3 + normal(1, 2, 8, 8, 12, dtype=dtype), running_stats(2, 12)
     options = {"num_groups": 4, "statistics": statistics, "order": order}
-    y, new = batch_channel_norm(x, running, **options)
+    y, new = compiled(**options)(x, running)
     expected = oracles.batch_channel_norm(
         np.asarray(x).astype(np.float64), running.mean, running.var, **options
     )
@@ -222,7 +230,8 @@ def test_half_precision_is_rounded_only_at_the_end(statistics, order, dtype):
     assert new.mean.dtype == new.var.dtype == jnp.float32
     assert relative_error(y, expected.y) < float(jnp.finfo(dtype).eps)
     assert tree_relative_error((new.mean, new.var), expected[1:]) < 1e-5
-    assert batch_channel_norm(x, running, dtype=jnp.float32, **options)[0].dtype == jnp.float32
+    wide = functools.partial(batch_channel_norm, dtype=jnp.float32, **options)
+    assert jax.eval_shape(wide, x, running)[0].dtype == jnp.float32
 
 
 def valid_pixels(x, mask):
@@ -243,120 +252,99 @@ def test_masked_statistics_weigh_every_pixel_once(statistics, order):
     x, mask = normal(1, 3, 6, 8, 12, dtype=jnp.float64), unequal_masks(3, 6, 8)
     x = x + jnp.arange(3.0).reshape(3, 1, 1, 1)  # Else a mean of samples' means would do.
     running = running_stats(2, 12, jnp.float64)
-    options = {"statistics": statistics, "order": order}
-    y, new = batch_channel_norm(x, running, mask=mask, num_groups=4, **options)
+    options = {"num_groups": 4, "statistics": statistics, "order": order}
+    y, new = compiled(**options)(x, running, mask=mask)
     pixels = valid_pixels(x, mask)
-    expected = oracles.batch_channel_norm(
-        pixels, running.mean, running.var, num_groups=4, **options
-    )
+    expected = oracles.batch_channel_norm(pixels, running.mean, running.var, **options)
     assert tree_relative_error((new.mean, new.var), expected[1:]) < 1e-12
     # The channel part is of each sample's own valid region, whatever statistics the first used.
     used = {
-        "batch": RunningStats(jnp.asarray(pixels.mean(0)), jnp.asarray(pixels.var(0)), new.count),
-        "estimate": new if order == "update_first" else running,
+        "batch": (pixels.mean(0), pixels.var(0)),
+        "estimate": expected[1:] if order == "update_first" else running[:2],
     }[statistics]
     for i, sample in enumerate(x):
         region = valid_pixels(sample[None], mask[i : i + 1])[None]
-        alone, _ = batch_channel_norm(
-            jnp.asarray(region), used, num_groups=4, use_running_average=True
-        )
-        assert relative_error(y[i][np.asarray(mask[i, ..., 0])], alone[0]) < 1e-11
+        alone = oracles.batch_channel_norm(region, *used, num_groups=4, order="normalize_first")
+        assert relative_error(y[i][np.asarray(mask[i, ..., 0])], alone.y[0]) < 1e-11
 
 
 @each_kind
-def test_a_batch_without_valid_positions_changes_nothing(statistics, order):
-    x, running = normal(1, 2, 4, 4, 6), running_stats(2, 6)
-    mask = jnp.zeros((2, 4, 4, 1))
-    function = with_parameters(num_groups=2, statistics=statistics, order=order, mask=mask)
+def test_padding_does_not_leak_whatever_it_holds(statistics, order):
+    """Nor does a batch without valid positions change the statistics."""
+    mask, running = unequal_masks(3, 4, 5), running_stats(2, 6)
+    function = with_parameters(num_groups=2, statistics=statistics, order=order)
+    x, values = jnp.where(mask, normal(1, 3, 4, 5, 6), 0), parameters(6, 2)
+    dy = jnp.where(mask, normal(2, 3, 4, 5, 6), 0)
+
+    def run(x):
+        # The output of padding, and so the pull-back to it, may be anything; the rest may not.
+        y, (dx, *gradients), new = value_gradients_and_stats(
+            function, (x, *values), dy, running, mask
+        )
+        return jnp.where(mask, y, 0), jnp.where(mask, dx, 0), gradients, new
+
+    clean = run(x)
+    chex.assert_tree_all_finite(clean)
+    for junk in (jnp.inf, jnp.nan):
+        chex.assert_trees_all_close(run(jnp.where(mask, x, junk)), clean, rtol=1e-6)
+
     y, gradients, new = value_gradients_and_stats(
-        function, (x, *parameters(6, 2)), jnp.ones_like(x), running
+        function, (x, *values), jnp.ones_like(x), running, jnp.zeros_like(mask)
     )
     chex.assert_trees_all_equal(new, running)
     chex.assert_tree_all_finite((y, gradients))
 
 
 @each_kind
-def test_padding_does_not_leak_whatever_it_holds(statistics, order):
-    mask, running = unequal_masks(3, 4, 5), running_stats(2, 6)
-    x = jnp.where(mask, normal(1, 3, 4, 5, 6), 0)
-
-    @jax.jit
-    def run(x):
-        def loss_fn(x, *values):
-            y, new = with_parameters(num_groups=2, statistics=statistics, order=order, mask=mask)(
-                x, *values, running
-            )
-            y = jnp.where(mask, y, 0)
-            return jnp.sum(jnp.sin(y)), (y, new)
-
-        gradient = jax.grad(loss_fn, argnums=tuple(range(5)), has_aux=True)
-        return gradient(x, *parameters(6, 2))
-
-    clean = run(x)
-    chex.assert_tree_all_finite(clean)
-    for junk in (jnp.inf, jnp.nan):
-        # The output of padding, and so the pull-back to it, may be anything; the rest may not.
-        (dx, *gradients), aux = run(jnp.where(mask, x, junk))
-        (clean_dx, *clean_gradients), clean_aux = clean
-        masked = jnp.where(mask, dx, 0), jnp.where(mask, clean_dx, 0)
-        chex.assert_trees_all_close(*masked, rtol=1e-6)
-        chex.assert_trees_all_close((gradients, aux), (clean_gradients, clean_aux), rtol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [3e19, jnp.inf, jnp.nan])
-@each_kind
-def test_one_bad_batch_does_not_stay_in_the_state(statistics, order, bad):
+def test_one_bad_batch_does_not_stay_in_the_state(statistics, order):
     """The square of 3e19 overflows. The output shows it; the channel's statistics stay."""
     x, running = normal(1, 2, 4, 4, 6), running_stats(2, 6)
-    norm = functools.partial(batch_channel_norm, num_groups=3, statistics=statistics, order=order)
-    y, new = norm(x.at[0, 1, 2, 3].set(bad), running)
-    assert not jnp.isfinite(y[0, ..., 2:4]).all()
+    norm = compiled(num_groups=3, statistics=statistics, order=order)
     _, expected = norm(x, running)
     kept = expected._replace(
         mean=expected.mean.at[3].set(running.mean[3]), var=expected.var.at[3].set(running.var[3])
     )
-    chex.assert_trees_all_close(new, kept, rtol=1e-6)
+    for bad in (3e19, jnp.inf, jnp.nan):
+        y, new = norm(x.at[0, 1, 2, 3].set(bad), running)
+        assert not jnp.isfinite(y[0, ..., 2:4]).all()
+        chex.assert_trees_all_close(new, kept, rtol=1e-6)
 
 
 def test_rate_may_be_a_schedule_of_the_count():
     """1 / (count + 1) makes the running mean the mean over all batches."""
     batches = normal(1, 5, 2, 4, 4, 6)
     running = RunningStats.fresh(6)
+    norm = compiled(num_groups=2, statistics="batch", rate=lambda count: 1 / (count + 1))
     for x in batches:
-        _, running = batch_channel_norm(
-            x, running, num_groups=2, statistics="batch", rate=lambda count: 1 / (count + 1)
-        )
+        _, running = norm(x, running)
     assert running.count == 5
     assert relative_error(running.mean, jnp.mean(batches, (0, 1, 2, 3))) < 1e-5
     assert relative_error(running.var, jnp.mean(jnp.var(batches, (1, 2, 3)), 0)) < 1e-5
 
 
-@pytest.mark.parametrize("order", ["update_first", "normalize_first"])
-def test_estimates_reach_the_true_moments(order):
+def test_estimates_reach_the_true_moments():
     """The published code's rate is a buffer of zero: its estimates never move."""
     true_mean, true_std = jnp.linspace(-3, 3, 6)[None, None, None], 2.0
-    step = jax.jit(functools.partial(batch_channel_norm, num_groups=2, order=order))
     running = RunningStats.fresh(6)
     for seed in range(100):
-        _, running = step(true_mean + true_std * normal(seed, 4, 8, 8, 6), running)
+        x = true_mean + true_std * normal(seed, 4, 8, 8, 6)
+        _, running = compiled(num_groups=2, order="normalize_first")(x, running)
     np.testing.assert_allclose(running.mean, true_mean[0, 0, 0], atol=0.1)
     np.testing.assert_allclose(running.var, true_std**2, rtol=0.1)
 
 
-@each_kind
-def test_scale_per_group_is_that_scale_for_each_of_its_channels(statistics, order):
+def test_scale_per_group_is_that_scale_for_each_of_its_channels():
     x, dy, running = normal(1, 2, 5, 5, 12), normal(2, 2, 5, 5, 12), running_stats(3, 12)
-    function = with_parameters(num_groups=4, statistics=statistics, order=order)
-
-    def repeated(x, batch_scale, batch_bias, scale, bias, running):
-        scale, bias = jnp.repeat(scale, 3), jnp.repeat(bias, 3)
-        return function(x, batch_scale, batch_bias, scale, bias, running)
-
-    primals = (x, *parameters(12, 4))
-    actual, expected = (
-        value_gradients_and_stats(f, primals, dy, running) for f in (function, repeated)
+    *values, scale, bias = parameters(12, 4)
+    function = with_parameters(num_groups=4)
+    y, (*gradients, d_scale, d_bias), new = value_gradients_and_stats(
+        function, (x, *values, scale, bias), dy, running
     )
-    assert tree_relative_error(actual, expected) < 1e-5
+    repeated = (x, *values, jnp.repeat(scale, 3), jnp.repeat(bias, 3))
+    expected_y, expected, expected_new = value_gradients_and_stats(function, repeated, dy, running)
+    expected = [*expected[:3], *(g.reshape(4, 3).sum(1) for g in expected[3:])]
+    actual = y, [*gradients, d_scale, d_bias], new
+    assert tree_relative_error(actual, (expected_y, expected, expected_new)) < 1e-5
 
 
 @pytest.mark.usefixtures("x64")
@@ -381,9 +369,16 @@ def test_normalize_first_is_the_same_however_the_batch_is_split():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-@each_kind
+@pytest.mark.parametrize(
+    ("mode", "masked", "statistics", "order"),
+    [
+        ("shard_map", True, "batch", "update_first"),
+        ("shard_map", True, "estimate", "update_first"),
+        ("shard_map", False, "estimate", "normalize_first"),
+        ("pmap", True, "estimate", "normalize_first"),
+        ("pmap", False, "batch", "update_first"),
+    ],
+)
 def test_eight_devices_equal_one(statistics, order, mode, masked, mesh8):
     """With gradients through the collectives, and another number of valid pixels on each device."""
     x, dy = (normal(seed, 16, 4, 5, 6, dtype=jnp.float64) for seed in (1, 2))

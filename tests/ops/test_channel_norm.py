@@ -13,8 +13,10 @@ from wsbcn_flax.ops import channel_norm
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("num_groups", [1, 3, 12])
-@pytest.mark.parametrize("shape", [(4, 12), (4, 9, 12), (4, 5, 7, 12), (2, 3, 4, 5, 12)])
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((4, 12), 3), ((4, 9, 12), 12), ((4, 5, 7, 12), 3), ((2, 3, 4, 5, 12), 1)],
+)
 def test_equals_flax_group_norm_with_its_gradients(shape, num_groups):
     x, dy = (1 + normal(seed, *shape, dtype=jnp.float64) for seed in (1, 2))
     scale, bias = (normal(seed, 12, dtype=jnp.float64) for seed in (3, 4))
@@ -26,17 +28,12 @@ def test_equals_flax_group_norm_with_its_gradients(shape, num_groups):
     def ours(x, scale, bias):
         return channel_norm(x, scale, bias, num_groups=num_groups)
 
-    if len(shape) == 2 and num_groups == 12:
-        # One value to a group: Flax returns the bias without a word.
-        with pytest.raises(ValueError, match="more than one value in each group"):
-            ours(x, scale, bias)
-        return
     actual, expected = (value_and_vjp(f, (x, scale, bias), dy) for f in (ours, flax_group_norm))
     assert tree_relative_error(actual, expected) < 1e-11
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("num_groups", [1, 3, 12])
+@pytest.mark.parametrize("num_groups", [1, 3])
 def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch):
     """There groups are summed by a product with a matrix."""
     x, dy = (1 + normal(seed, 2, 5, 7, 12, dtype=jnp.float64) for seed in (1, 2))
@@ -87,7 +84,7 @@ def test_small_deviations_from_a_far_mean():
 def test_one_value_per_group_is_that_value_for_each_of_its_channels():
     x, dy = normal(1, 2, 5, 5, 12), normal(2, 2, 5, 5, 12)
     scale, bias = normal(3, 4), normal(4, 4)
-    function = lambda x, s, b: channel_norm(x, s, b, num_groups=4)  # noqa: E731
+    function = functools.partial(channel_norm, num_groups=4)
     repeated = lambda x, s, b: function(x, jnp.repeat(s, 3), jnp.repeat(b, 3))  # noqa: E731
     actual, expected = (value_and_vjp(f, (x, scale, bias), dy) for f in (function, repeated))
     assert tree_relative_error(actual, expected) < 2e-6

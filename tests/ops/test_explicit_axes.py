@@ -40,24 +40,31 @@ def loss_and_gradients(function, *primals):
     return out, gradients
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("axes", AXES)
-def test_batch_channel_norm(axes, split):
-    x, scale = normal(1, 4, 4, 4, 16), 1 + 0.1 * normal(2, 16)
-    of_channels = P("data") if split == "channels" else P()
-
+def bcn_step(*primals):
     def function(x, scale, mean):
         running = RunningStats(mean, jnp.full_like(mean, 2), jnp.zeros(()))
         y, new = batch_channel_norm(x, running, batch_scale=scale, num_groups=4)
         return y, new.mean, new.var
 
-    def step(*primals):
-        return loss_and_gradients(function, *primals)
+    return loss_and_gradients(function, *primals)
+
+
+@pytest.mark.parametrize(
+    ("axes", "split"),
+    [
+        *(("explicit", split) for split in SPLITS),
+        ("automatic", "height"),
+        ("automatic", "channels"),
+    ],
+)
+def test_batch_channel_norm(axes, split):
+    x, scale = normal(1, 4, 4, 4, 16), 1 + 0.1 * normal(2, 16)
+    of_channels = P("data") if split == "channels" else P()
 
     arrays = (x, scale, normal(3, 16))
-    expected = jax.device_get(jax.jit(step)(*arrays))
+    expected = jax.device_get(jax.jit(bcn_step)(*arrays))
     specs = (SPLITS[split], of_channels, of_channels)
-    assert tree_relative_error(on_mesh(make_mesh(axes), step, specs, arrays), expected) < 1e-5
+    assert tree_relative_error(on_mesh(make_mesh(axes), bcn_step, specs, arrays), expected) < 1e-5
 
 
 @pytest.mark.parametrize("split", ["height", "channels"])

@@ -9,6 +9,8 @@ from oracles import normal, relative_error, tree_relative_error
 
 from wsbcn_flax.ops import channel_moments
 
+compiled_moments = jax.jit(channel_moments)
+
 
 def mean_and_var(x, mask=None):
     moments = channel_moments(x, mask=mask)
@@ -31,7 +33,7 @@ def test_equals_numpy(shape, dtype):
 def test_variance_does_not_cancel(ratio):
     x = ratio + normal(1, 2, 16, 16, 8)
     expected = np.asarray(x, np.float64).var((1, 2))
-    assert relative_error(channel_moments(x).var, expected) < 1e-5
+    assert relative_error(compiled_moments(x).var, expected) < 1e-5
 
 
 def test_variance_of_a_constant_is_exactly_zero():
@@ -45,7 +47,7 @@ def test_masked_variance_does_not_cancel_wherever_the_padding_is(ratio):
     mask = jnp.zeros((2, 16, 16, 1)).at[0, :9].set(1).at[1, 7:, 3:].set(1)
     wide = np.asarray(x, np.float64)
     expected = np.stack([wide[0, :9].var((0, 1)), wide[1, 7:, 3:].var((0, 1))])
-    assert relative_error(channel_moments(x, mask=mask).var, expected) < 1e-5
+    assert relative_error(compiled_moments(x, mask=mask).var, expected) < 1e-5
 
 
 @pytest.mark.usefixtures("x64")
@@ -93,7 +95,7 @@ def test_masks_broadcast(shape):
     x = normal(1, 3, 6, 7, 2)
     mask = jnp.asarray(np.random.default_rng(2).random(shape) < 0.6).at[0].set(True)
     full = jnp.broadcast_to(mask, (3, 6, 7, 1))
-    error = tree_relative_error(channel_moments(x, mask=mask), channel_moments(x, mask=full))
+    error = tree_relative_error(compiled_moments(x, mask=mask), compiled_moments(x, mask=full))
     assert error == 0
 
 
@@ -101,7 +103,7 @@ def test_masks_broadcast(shape):
 def test_a_distant_shift_costs_less_than_rounding_to_bfloat16(ratio):
     """Float32's cancellation stays below the variance that rounding added to the data."""
     x = (ratio + normal(0, 2, 32, 32, 8)).astype(jnp.bfloat16)
-    moments = channel_moments(x, shift=jnp.zeros(8))
+    moments = compiled_moments(x, shift=jnp.zeros(8))
     exact = np.asarray(x, np.float64)
     assert moments.shift.shape == (1, 8)
     np.testing.assert_allclose(moments.mean, exact.mean((1, 2)), rtol=1e-5, atol=1e-6)
@@ -113,15 +115,16 @@ OUTLIERS = {"first": (0, 0), "a quarter": (8, 8), "the middle": (16, 16), "last"
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
 @pytest.mark.parametrize("position", OUTLIERS)
-def test_no_single_outlier_costs_accuracy(position, size, masked):
+def test_no_single_outlier_costs_accuracy(position, masked):
     """A shift by the outlier itself would cost 4e-3 of the variance at 224x224."""
-    x = np.asarray(normal(0, 2, 32, 32, 3)).copy()
-    x[0, *OUTLIERS[position]] = size
     mask = jnp.ones((2, 32, 32, 1)) if masked else None
-    expected = x.astype(np.float64).var((1, 2))
-    np.testing.assert_allclose(channel_moments(jnp.asarray(x), mask=mask).var, expected, rtol=2e-6)
+    for size in (1e2, 1e4, 1e9):
+        x = np.asarray(normal(0, 2, 32, 32, 3)).copy()
+        x[0, *OUTLIERS[position]] = size
+        expected = x.astype(np.float64).var((1, 2))
+        actual = compiled_moments(jnp.asarray(x), mask=mask).var
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, err_msg=str(size))
 
 
 @pytest.mark.parametrize("valid", [1, 2, 3, 7])
@@ -129,7 +132,7 @@ def test_few_valid_positions_suffice(valid):
     x = 1e4 + normal(0, 1, 8, 3)
     mask = (jnp.arange(8) >= 8 - valid).reshape(1, 8, 1)
     expected = np.asarray(x[:, 8 - valid :], np.float64).var(1)
-    np.testing.assert_allclose(channel_moments(x, mask=mask).var, expected, rtol=1e-5)
+    np.testing.assert_allclose(compiled_moments(x, mask=mask).var, expected, rtol=1e-5)
 
 
 def test_a_shift_of_another_length_is_refused():

@@ -73,17 +73,14 @@ def fingerprint(arrays):
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_keys_and_shapes_are_the_published_ones(name):
-    arrays = export_checkpoint(numbered_variables(name), name)
-    numbers = sum(array.size for array in arrays.values())
-    assert (len(arrays), numbers, fingerprint(arrays)) == PUBLISHED[name]
-
-
 @pytest.mark.parametrize("name", checkpoint_names())
-def test_round_trips_are_bit_exact(name):
+def test_keys_are_published_and_tell_the_name_and_round_trips_are_bit_exact(name):
     variables = numbered_variables(name)
     arrays = export_checkpoint(variables, name)
+    if name in PUBLISHED:
+        numbers = sum(array.size for array in arrays.values())
+        assert (len(arrays), numbers, fingerprint(arrays)) == PUBLISHED[name]
+    assert guess_checkpoint_name(arrays) == name
     imported = import_checkpoint(arrays, name)
     jax.tree.map(np.testing.assert_array_equal, imported, variables)
     again = export_checkpoint(imported, name)
@@ -91,6 +88,10 @@ def test_round_trips_are_bit_exact(name):
     for key, array in arrays.items():
         assert again[key].dtype == array.dtype
         np.testing.assert_array_equal(again[key], array)
+
+
+def test_every_published_checkpoint_has_a_name():
+    assert set(PUBLISHED) <= set(checkpoint_names())
 
 
 def test_the_prefix_and_the_rest_of_a_file_do_not_matter():
@@ -147,11 +148,6 @@ def test_folding_is_the_transform():
     jax.tree.map(
         np.testing.assert_array_equal, fold_weight_standardization(params, preset="bit"), expected
     )
-
-
-@pytest.mark.parametrize("name", checkpoint_names())
-def test_the_name_is_told_by_the_keys(name):
-    assert guess_checkpoint_name(export_checkpoint(numbered_variables(name), name)) == name
 
 
 def test_plain_batch_norm_has_no_count():

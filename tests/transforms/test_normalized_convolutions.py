@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from models.networks import NETWORKS, abstract_variables, image_size
-from models.networks import NORMS as MODEL_NORMS
 
 from wsbcn_flax import BatchChannelNorm, WeightStandardization, WSConv, WSConvTranspose, models
 from wsbcn_flax.transforms import ConvolutionKernel, normalized_convolutions
@@ -174,8 +172,9 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize(
+    ("body", "use_bias"), [("plain", False), *((body, True) for body in BODIES)]
+)
 def test_sees_through_flax_transformations(body, use_bias):
     """Layers that are stacked in one kernel are known by the axes of one layer's."""
     make, expected = BODIES[body]
@@ -229,8 +228,9 @@ class UNet(nn.Module):
         return nn.Conv(2, (1, 1), use_bias=self.use_bias, name=self.out)(y)
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("out", ["out", "output", "heads", "final", "conv4"])
+@pytest.mark.parametrize(
+    ("out", "use_bias"), [("out", False), ("heads", True), ("final", True), ("conv4", True)]
+)
 def test_an_output_convolution_is_not_taken_whatever_its_name(out, use_bias):
     expected = ["conv1/kernel", "conv2/kernel", "conv3/kernel", "up/kernel"]
     assert paths(UNet(out, use_bias)) == expected
@@ -327,9 +327,13 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("conv", [Conv, functools.partial(WSConv, 4, (3, 3))])
-def test_what_is_a_normalization(norm, conv):
-    assert paths(Wrapped(lambda x: x, conv=conv, norm=NORMS[norm])) == ["conv/kernel"]
+def test_what_is_a_normalization(norm):
+    assert paths(Wrapped(lambda x: x, norm=NORMS[norm])) == ["conv/kernel"]
+
+
+def test_standardized_convolutions_are_convolutions():
+    conv = functools.partial(WSConv, 4, (3, 3))
+    assert paths(Wrapped(lambda x: x, conv=conv)) == ["conv/kernel"]
 
 
 @pytest.mark.parametrize("norm", [Standardizer, NormalHead, NormalizedWeights])
@@ -403,37 +407,39 @@ def test_a_kernel_that_is_transformed_on_its_way_to_the_convolution():
     assert paths(Model()) == ["conv/kernel"]
 
 
-def assert_takes_what_the_default_rule_takes(model, size):
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    params = abstract_variables(model, size)["params"]
-    exact = WeightStandardization(where=normalized_convolutions(model, images, train=False))
-    assert exact.paths(params) == WeightStandardization().paths(params)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_takes_what_the_default_rule_takes_of_every_network(name):
-    """And so what the published recipes standardize."""
-    model = NETWORKS[name](norm=nn.LayerNorm)
-    assert_takes_what_the_default_rule_takes(model, image_size(model))
+# Each public network at its least depth; the others differ from these in depth alone.
+NETWORKS = {
+    "PreResNet110": {"depth": 8},
+    "PreResNet164": {"depth": 11},
+    "ResNeXt29_8x64d": {"depth": 11},
+    "WRN28_10": {"depth": 8},
+    "DenseNetBC100_12": {"depth": 10},
+    "ResNet18": {"stage_sizes": (1, 1)},
+    "ResNet50": {"stage_sizes": (1, 1)},
+    "ResNeXt50_32x4d": {"stage_sizes": (1, 1)},
+    "VGG16": {"stage_sizes": (1, 2), "stage_features": (8, 8)},
+}
+MODEL_NORMS = [
+    nn.BatchNorm,
+    functools.partial(nn.GroupNorm, num_groups=4),
+    functools.partial(BatchChannelNorm, num_groups=4),
+    functools.partial(BatchChannelNorm, num_groups=4, affine="channel"),
+]
 
 
 @pytest.mark.parametrize(
-    "network",
-    [
-        functools.partial(models.CifarResNet, depth=8, width=8),
-        functools.partial(models.CifarResNet, depth=8, width=8, block=models.PreActBlock),
-        functools.partial(models.CifarResNet, depth=11, width=16, block=models.PreActBottleneck),
-        functools.partial(models.DenseNet, depth=10, growth=16),
-        functools.partial(models.VGG, stage_sizes=(1, 2), stage_features=(8, 8)),
-        functools.partial(
-            models.ResNet, stage_sizes=(1, 1), features=16, block=models.Bottleneck, stem_features=8
-        ),
-    ],
+    ("name", "norm"),
+    [*((name, nn.LayerNorm) for name in NETWORKS), *(("WRN28_10", norm) for norm in MODEL_NORMS)],
 )
-@pytest.mark.parametrize("norm", MODEL_NORMS)
-def test_takes_what_the_default_rule_takes_with_every_normalization(network, norm):
-    model = network(norm=MODEL_NORMS[norm], dtype=jnp.bfloat16)
-    assert_takes_what_the_default_rule_takes(model, 16)
+def test_takes_what_the_default_rule_takes_of_every_network(name, norm):
+    """With every normalization, and so what the published recipes standardize."""
+    options = {"features": 16} if name == "WRN28_10" else {}
+    model = getattr(models, name)(norm=norm, dtype=jnp.bfloat16, **NETWORKS[name], **options)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    exact = WeightStandardization(where=normalized_convolutions(model, images, train=False))
+    assert exact.paths(params) == WeightStandardization().paths(params)
 
 
 def test_refuses_what_is_not_a_module():

@@ -26,8 +26,9 @@ class BatchChannelNorm(nn.Module):
         y   = batch_scale (x - mean) / sqrt(var + epsilon) + batch_bias        per channel
         out = channel_scale (y - E[y]) / sqrt(Var[y] + epsilon) + channel_bias
 
-    with E and Var over the positions and channels of each group of each sample. See
-    ``wsbcn_flax.batch_channel_norm``, which computes it, for the statistics and their orders.
+    with E and Var over the positions and channels of each group of each sample. Algorithm 1 of the
+    paper taken literally is ``order="update_first"``; the default makes the training step the same
+    however the batch is split. See ``wsbcn_flax.batch_channel_norm``, which computes it.
     Parameters: ``batch_scale`` [C], ``batch_bias`` [C], ``channel_scale`` and ``channel_bias``
     [num_groups] (or [C] with ``affine="channel"``). Collection ``batch_stats``: ``mean`` [C],
     ``var`` [C], ``count`` [], which ``apply(..., mutable=["batch_stats"])`` returns updated.
@@ -43,7 +44,7 @@ class BatchChannelNorm(nn.Module):
         num_groups: Number of groups of the channel part, which divides C and leaves each more than
             one value.
         statistics: "estimate" (running estimates also in training) or "batch".
-        order: "update_first" (Algorithm 1) or "normalize_first" (split-invariant).
+        order: "normalize_first" (split-invariant) or "update_first" (Algorithm 1).
         rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
             their count. It is one minus ``nn.BatchNorm``'s momentum.
         affine: the channel part's scale and bias per "group" (the authors') or per "channel".
@@ -82,7 +83,7 @@ class BatchChannelNorm(nn.Module):
 
     num_groups: int = 32
     statistics: Statistics = "estimate"
-    order: Order = "update_first"
+    order: Order = "normalize_first"
     rate: Rate = 0.1
     affine: Affine = "group"
     axis_name: str | tuple[str, ...] | None = None

@@ -60,7 +60,7 @@ def batch_channel_norm(
     channel_scale: jax.Array | None = None,
     channel_bias: jax.Array | None = None,
     statistics: Statistics = "estimate",
-    order: Order = "update_first",
+    order: Order = "normalize_first",
     rate: Rate = 0.1,
     use_running_average: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
@@ -74,13 +74,14 @@ def batch_channel_norm(
         out = channel_scale (y - E[y]) / sqrt(Var[y] + epsilon) + channel_bias
 
     with E and Var over the positions and channels of each of ``num_groups`` groups of each sample.
-    The mean and variance of the first part are
+    Algorithm 1 of the paper taken literally is ``order="update_first"``; the default makes the step
+    the same however the batch is split. The mean and variance of the first part are
 
     * ``statistics="batch"``: those of this batch; gradients flow through them.
-    * ``statistics="estimate"``: the running estimates, constants to the gradient. Algorithm 1 of
-      the paper: with mu = E[x] and v = E[(x - running.mean)^2] over the batch,
-      ``mean += rate (mu - mean)`` and ``var += rate (v - var)``, before normalizing
-      (``order="update_first"``) or after (``"normalize_first"``). In the latter order a sample's
+    * ``statistics="estimate"``: the running estimates, constants to the gradient. With
+      mu = E[x] and v = E[(x - running.mean)^2] over the batch, ``mean += rate (mu - mean)`` and
+      ``var += rate (v - var)``, before normalizing (``order="update_first"``) or after
+      (``"normalize_first"``). In the latter order a sample's
       output depends on nothing but itself and ``running``, and the returned statistics are averages
       over samples: the step is the same however the batch is split.
 
@@ -88,6 +89,11 @@ def batch_channel_norm(
     whose moments are not finite (the square of 3e19 overflows float32) leaves its running
     statistics as they are; the output shows it. Derivatives are a closed form, in reverse and
     forward mode and of any order.
+
+    Two things that are not arguments change the rounding, but not the result: the mesh in use,
+    ``jax.sharding.get_abstract_mesh()``, over whose automatic axes ``jit`` spreads x, and the
+    platform that the program is compiled for. On TPU a barrier precedes few samples; in bfloat16 on
+    one device moments are taken about the running mean, elsewhere about a value of the data.
 
     Args:
         x: [B, ..., C], floating-point, of any rank from 2.
@@ -98,7 +104,7 @@ def batch_channel_norm(
         channel_scale: [C] or, as the authors have it, [num_groups]; None for one.
         channel_bias: [C] or [num_groups]; None for zero.
         statistics: "estimate" or "batch", see above.
-        order: "update_first" or "normalize_first"; only "estimate" looks at it.
+        order: "normalize_first" or "update_first"; only "estimate" looks at it.
         rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
             ``running.count``.
         use_running_average: evaluation: normalizes by ``running`` and returns it unchanged.
