@@ -20,11 +20,12 @@ MAY_IMPORT = {
     "wsbcn_flax.layers": {"ops"},
     "wsbcn_flax.models": {"ops", "layers"},
     "wsbcn_flax.transforms": {"ops", "layers", "models"},
+    "wsbcn_flax.tasks": {"ops", "layers", "transforms", "models"},
     "wsbcn_flax.data": {"ops"},
-    "wsbcn_flax.training": {"ops", "layers", "transforms", "models"},
+    "wsbcn_flax.training": {"ops", "layers", "transforms", "models", "tasks"},
 }
 PACKAGES = ["wsbcn_flax", *MAY_IMPORT]
-BY_NAME = ["models", "data", "training"]  # What `import wsbcn_flax` leaves alone.
+BY_NAME = ["models", "tasks", "data", "training"]  # What `import wsbcn_flax` leaves alone.
 
 
 def imported(path):
@@ -62,7 +63,7 @@ def test_imports_go_one_way(package):
     for path in files(package):
         for name in imported(path):
             if name.startswith("wsbcn_flax."):
-                assert name.split(".")[1] in MAY_IMPORT[package] | {own}, (path, name)
+                assert name.split(".")[1] in MAY_IMPORT[package] | {own, "_extras"}, (path, name)
 
 
 def test_the_library_does_not_import_experiments_or_tests():
@@ -133,3 +134,24 @@ def test_importing_is_cheap():
 
     library = "import wsbcn_flax, wsbcn_flax.models, wsbcn_flax.data"
     assert loaded(library) <= loaded("import flax.linen")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "statement"),
+    [
+        ("orbax", "train", "training.Checkpointer('folder')"),
+        ("grain", "train", "data.train_batches([0], batch_size=1, seed=0)"),
+        ("tensorflow_datasets", "train", "data.load_split('digits', 'train', data_dir='absent')"),
+        ("cv2", "jpeg", "data.DecodeImage().map({'image': b'...'})"),
+        ("tensorboardX", "tensorboard", "training.writers.TensorBoardWriter('folder')"),
+    ],
+)
+def test_a_missing_package_is_an_error_that_names_its_extra(module, extra, statement):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from wsbcn_flax import data, training\n"
+        "from wsbcn_flax.training import writers\n"
+        f"try: {statement}\nexcept ImportError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.endswith(f"run: pip install 'wsbcn_flax[{extra}]'\n"), out.stdout + out.stderr

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wsbcn_flax.training._checkpoint import (
+from wsbcn_flax.training.checkpoints import (
     Checkpointer,
 )
 

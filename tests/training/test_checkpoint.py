@@ -16,7 +16,7 @@ import pytest
 from checkpoint_states import State, bits, make_state, train_step
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wsbcn_flax.training._checkpoint import (
+from wsbcn_flax.training.checkpoints import (
     Checkpointer,
 )
 
@@ -236,7 +236,7 @@ def test_numpy_arrays_are_saved_as_they_were(tmp_path):
 TRAIN_FOREVER = """
 import sys
 import jax.numpy as jnp
-from wsbcn_flax.training._checkpoint import Checkpointer
+from wsbcn_flax.training.checkpoints import Checkpointer
 
 with Checkpointer(sys.argv[1], max_to_keep=2) as checkpointer:
     state = {"step": jnp.int32(0), "x": jnp.arange(5_000_000, dtype=jnp.float32)}
@@ -256,7 +256,8 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
     committed = 0
     template = {"step": jnp.int32(0), "x": jnp.zeros(5_000_000)}
     for _ in range(4):
-        command = [sys.executable, "-W", "error", "-c", TRAIN_FOREVER, str(tmp_path)]
+        warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache"]
+        command = [sys.executable, *warnings, "-c", TRAIN_FOREVER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             committed = int(child.stdout.readline())
             time.sleep(rng.uniform(0, 0.3))
@@ -271,5 +272,5 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
 
 
 def test_importing_does_not_import_orbax():
-    code = "import sys, wsbcn_flax.training._checkpoint; assert 'orbax' not in sys.modules"
+    code = "import sys, wsbcn_flax.training.checkpoints; assert 'orbax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from checkpoint_states import bits, corrupt, files_of, make_state, save_steps
 
-from wsbcn_flax.training._checkpoint import (
+from wsbcn_flax.training.checkpoints import (
     Checkpointer,
     CheckpointError,
     CheckpointMismatchError,

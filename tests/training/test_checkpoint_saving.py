@@ -15,7 +15,7 @@ from checkpoint_states import (
     save_steps,
 )
 
-from wsbcn_flax.training._checkpoint import (
+from wsbcn_flax.training.checkpoints import (
     Checkpointer,
     CheckpointError,
     NonFiniteStateError,

@@ -8,7 +8,8 @@ import pytest
 
 from wsbcn_flax import WeightStandardization
 from wsbcn_flax.models import CifarResNet
-from wsbcn_flax.training import Classification, MicroBatches, TrainState, make_train_step
+from wsbcn_flax.tasks import Classification
+from wsbcn_flax.training import MicroBatches, TrainState, make_train_step
 
 SGD = optax.sgd(1.0)
 
@@ -18,14 +19,16 @@ def step_of_sums(kernels, batch, **options):
     seen = {}
 
     def loss_fn(params, batch_stats, batch, *, rng):
-        seen.update({name: kernel.dtype for name, kernel in params.items()})
+        seen.update({name: layer["kernel"].dtype for name, layer in params.items()})
         weight = jnp.mean(batch["weight"])
-        loss = sum(jnp.sum(weight.astype(k.dtype) * k).astype(jnp.float32) for k in params.values())
+        leaves = jax.tree.leaves(params)
+        loss = sum(jnp.sum(weight.astype(k.dtype) * k).astype(jnp.float32) for k in leaves)
         return loss, (batch_stats, {})
 
     step = jax.jit(make_train_step(loss_fn, SGD, **options))
-    state, _ = step(TrainState.create({"params": kernels}, SGD), batch)
-    return seen, state.params
+    params = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    state, _ = step(TrainState.create({"params": params}, SGD), batch)
+    return seen, {name: layer["kernel"] for name, layer in state.params.items()}
 
 
 def test_kernels_alone_are_rounded_and_none_is_widened():
@@ -69,7 +72,7 @@ def test_a_network_takes_the_step_that_it_takes_without():
 
     def updates(kernel_dtype):
         step = make_train_step(
-            task.loss_fn, SGD, transform=WeightStandardization(), kernel_dtype=kernel_dtype
+            task, SGD, transform=WeightStandardization(), kernel_dtype=kernel_dtype
         )
         state, _ = jax.jit(step)(TrainState.create(variables, SGD), batch)
         return jax.tree.map(jnp.subtract, state.params, variables["params"])

@@ -8,17 +8,16 @@ import numpy as np
 import optax
 import pytest
 
+from wsbcn_flax.tasks import Classification
 from wsbcn_flax.training import (
     Checkpointer,
-    Classification,
-    JsonlWriter,
     LoopConfig,
     NonFiniteLossError,
     TrainState,
     fit,
     make_train_step,
-    read_jsonl,
 )
+from wsbcn_flax.training.writers import JsonlWriter, read_jsonl
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
@@ -143,7 +142,7 @@ def test_labels_outside_the_classes_stop_training():
     task = Classification(model=Linear(), label_smoothing=0.1)
     batch = {"image": jnp.ones((4, 2)), "label": jnp.array([0, 1, 2, 3])}
     state = TrainState.create(task.init(jax.random.key(0), batch), OPTIMIZER)
-    step = jax.jit(make_train_step(task.loss_fn, OPTIMIZER))
+    step = jax.jit(make_train_step(task, OPTIMIZER))
     with pytest.raises(NonFiniteLossError, match=r"at step 1\..*labels outside the classes"):
         fit(step, state, lambda done: itertools.repeat(batch), config=config(5))
 

@@ -62,8 +62,8 @@ def test_refuses_an_indivisible_batch():
 
 
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
-def test_compact_is_the_same_step_in_less_memory(mode):
-    """Products that do not depend on each other would all be held at once."""
+def test_options_reach_the_compiler(mode):
+    """Products that do not depend on each other are all held at once, unless in another order."""
 
     def step(state, batch):
         x = jnp.mean(batch["x"]) + state
@@ -73,8 +73,9 @@ def test_compact_is_the_same_step_in_less_memory(mode):
 
     state, batch = jnp.eye(128), {"x": np.ones(8, np.float32)}
     results, temporaries = [], []
-    for compact in (False, True):
-        partition = Partition(mode=mode, devices=jax.devices()[:1], compact=compact)
+    in_order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    for options in ({}, in_order):
+        partition = Partition(mode=mode, devices=jax.devices()[:1], compiler_options=options)
         lowered = partition.compile(step).lower(state, batch)
         temporaries.append(lowered.compile().memory_analysis().temp_size_in_bytes)
         placed = partition.place_state(state), partition.place_batch(batch)
@@ -83,9 +84,9 @@ def test_compact_is_the_same_step_in_less_memory(mode):
     assert temporaries[1] < temporaries[0]
 
 
-def test_pmap_cannot_be_compact():
-    with pytest.raises(ValueError, match=r'jax\.pmap does not take.*received "pmap"'):
-        Partition(mode="pmap", compact=True)
+def test_pmap_takes_no_compiler_options():
+    with pytest.raises(ValueError, match=r"jax\.pmap takes no compiler_options, received \{'a"):
+        Partition(mode="pmap", compiler_options={"a": "b"})
 
 
 # --- batches and states that are not placed -----------------------------------------------------

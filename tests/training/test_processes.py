@@ -11,19 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from wsbcn_flax.training import (
-    PREEMPTED_STATUS,
-    Checkpointer,
-    LoopConfig,
-    PreemptedError,
-    TrainState,
-    fit,
-    is_first_process,
-    join_processes,
-    make_train_step,
-    on_first_process,
-    stop_on_sigterm,
-)
+from wsbcn_flax.training import Checkpointer, LoopConfig, TrainState, fit, make_train_step
+from wsbcn_flax.training.preemption import PREEMPTED_STATUS, PreemptedError, stop_on_sigterm
+from wsbcn_flax.training.processes import is_first_process, join_processes, on_first_process
 
 VARIABLES = {
     "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
@@ -61,7 +51,7 @@ def test_a_process_alone_is_the_first_and_stays_alone():
 def test_joining_after_devices_were_used_is_refused():
     code = (
         "import jax; jax.devices()\n"
-        "from wsbcn_flax.training import join_processes\n"
+        "from wsbcn_flax.training.processes import join_processes\n"
         "join_processes()"
     )
     environment = {**os.environ, **VARIABLES}

@@ -1,13 +1,14 @@
 import io
 import os
 import re
+import threading
 import time
 
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from wsbcn_flax.training._progress import Progress
+from wsbcn_flax.training.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -109,6 +110,15 @@ def test_a_terminal_gets_a_live_bar():
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.split("\r")[-1])
     assert re.match(r"train .* 40/40 0:00:00 loss 5, nan nan, none \?.* \[bold\] 0.1235, ", last)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor must come back"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_bar_for_measurements_has_no_thread_and_shows_every_update(live):
+    console, before = terminal(), set(threading.enumerate())
+    with Progress("measure", total=2, live=live, console=console) as progress:
+        assert bool(set(threading.enumerate()) - before) == live
+        progress.update(1, {"loss": 0.5})
+        assert "1/2" in console.file.getvalue()
 
 
 def test_bars_nest_for_an_evaluation_during_training():

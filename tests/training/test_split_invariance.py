@@ -12,13 +12,8 @@ import pytest
 
 from wsbcn_flax import BatchChannelNorm, WeightStandardization
 from wsbcn_flax.models import CifarResNet
-from wsbcn_flax.training import (
-    Classification,
-    MicroBatches,
-    Partition,
-    TrainState,
-    make_train_step,
-)
+from wsbcn_flax.tasks import Classification
+from wsbcn_flax.training import MicroBatches, Partition, TrainState, make_train_step
 
 TOLERANCE = 5e-6
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -52,7 +47,7 @@ def make_step(model, *, mode="jit", devices=1, **micro):
     task = Classification(model=model)
     partition = Partition(mode=mode, devices=jax.devices()[:devices])
     step = make_train_step(
-        task.loss_fn,
+        task,
         OPTIMIZER,
         transform=WeightStandardization(),
         micro_batches=MicroBatches(**micro),
@@ -94,19 +89,13 @@ def relative_difference(one, other):
 
 
 SPLITS = [
-    {"count": 2, "loop": "unroll"},
     {"count": 4, "loop": "unroll"},
     {"count": 16, "loop": "scan"},
-    {"count": 2, "loop": "scan"},
-    {"count": 4, "loop": "vmap"},
     {"count": 16, "loop": "vmap"},
     {"mode": "shard_map", "devices": 8},
     {"mode": "shard_map", "devices": 8, "count": 2, "loop": "unroll"},
-    {"mode": "shard_map", "devices": 8, "count": 2, "loop": "vmap"},
     {"mode": "shard_map", "devices": 2, "count": 4, "loop": "scan"},
-    {"mode": "pmap", "devices": 8},
     {"mode": "pmap", "devices": 8, "count": 2, "loop": "scan"},
-    {"mode": "jit", "devices": 8},
     {"mode": "jit", "devices": 8, "count": 2, "loop": "vmap"},
 ]
 
@@ -132,10 +121,7 @@ def test_every_split_gives_the_same_step(split, batch, reference):
 @pytest.mark.parametrize(
     "split",
     [
-        {"count": 2, "loop": "vmap"},
         {"count": 4, "loop": "unroll"},
-        {"count": 16, "loop": "vmap"},
-        {"mode": "shard_map", "devices": 8},
         {"mode": "shard_map", "devices": 8, "count": 2, "loop": "vmap"},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
@@ -189,16 +175,14 @@ def test_carry_is_one_update_per_micro_batch(batch):
     variables = jax.jit(task.init)(jax.random.key(0), batch)
     state = TrainState.create(variables, OPTIMIZER)
     step = make_train_step(
-        task.loss_fn, OPTIMIZER, micro_batches=MicroBatches(count=4, batch_stats="carry")
+        task, OPTIMIZER, micro_batches=MicroBatches(count=4, batch_stats="carry")
     )
     after, _ = jax.jit(step)(state, batch)
     stats = variables["batch_stats"]
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     for index in range(4):
-        _, updates = model.apply(
-            {"params": variables["params"], "batch_stats": stats},
-            batch["image"][index::4],
-            train=True,
-            mutable=["batch_stats"],
+        _, updates = apply(
+            {"params": variables["params"], "batch_stats": stats}, batch["image"][index::4]
         )
         stats = updates["batch_stats"]
     chex.assert_trees_all_close(after.batch_stats, stats, rtol=1e-5, atol=1e-6)
@@ -233,8 +217,8 @@ def test_one_all_reduce_of_a_resnet(batch):
 def test_synchronized_batch_norm_needs_many(batch):
     """What shows that the count above tells something."""
     norm = functools.partial(nn.BatchNorm, axis_name="data")
-    hlo = compiled_step(batch, model=CifarResNet(depth=8, width=8, norm=norm))
-    assert count_operations(hlo, "all-reduce") > 9
+    hlo = compiled_step(batch, model=TinyNet(norm))
+    assert count_operations(hlo, "all-reduce") > 3
 
 
 def test_transform_runs_once_however_many_micro_batches(batch):
@@ -248,7 +232,7 @@ def test_transform_runs_once_however_many_micro_batches(batch):
     task = Classification(model=TinyNet(BCN))
     state = initial_state(task.model, batch)
     step = make_train_step(
-        task.loss_fn,
+        task,
         OPTIMIZER,
         transform=transform,
         micro_batches=MicroBatches(count=8, loop="unroll"),
@@ -264,30 +248,16 @@ def test_pull_back_equals_the_gradient_through_the_transform(batch):
     key = jax.random.key(0)
 
     def loss(params):
-        return task.loss_fn(ws(params), variables["batch_stats"], batch, rng=key)[0]
+        return task.loss(ws(params), variables["batch_stats"], batch, rng=key)[0]
 
-    expected = jax.grad(loss)(variables["params"])
+    expected = jax.jit(jax.grad(loss))(variables["params"])
     sgd = optax.sgd(1.0)
     step = make_train_step(
-        task.loss_fn, sgd, transform=ws, micro_batches=MicroBatches(count=4, loop="vmap")
+        task, sgd, transform=ws, micro_batches=MicroBatches(count=4, loop="vmap")
     )
     state, _ = jax.jit(step)(TrainState.create(variables, sgd), batch)
     actual = jax.tree.map(jnp.subtract, variables["params"], state.params)
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
-def test_second_step_does_not_compile_again(mode, batch):
-    chex.clear_trace_counter()
-    task = Classification(model=TinyNet(BCN))
-    partition = Partition(mode=mode)
-    step = make_train_step(task.loss_fn, OPTIMIZER, axis_name=partition.axis_name)
-    # Any trace after the first raises.
-    compiled = partition.compile(chex.assert_max_traces(step, n=1))
-    state = partition.place_state(initial_state(task.model, batch))
-    for _ in range(3):
-        state, _ = compiled(state, partition.place_batch(batch))
-    assert int(state.step) == 3
 
 
 def test_dropout_differs_between_steps_devices_and_micro_batches(mesh8):

@@ -109,18 +109,13 @@ SPLITS = [
     SCAN,
     DEVICES,
     {"count": 2, "loop": "unroll"},
-    {"count": 4, "loop": "vmap"},
     {"mode": "pmap", "devices": 4, "count": 4, "loop": "vmap"},
     {"mode": "jit", "devices": 8},
 ]
 CASES = [("masked", Shared(), split) for split in SPLITS] + [
-    (name, model, split)
-    for name, model in [
-        ("shared", Shared()),
-        ("masked_remat", Shared(rematerialized)),
-        ("scanned", Scanned()),
-    ]
-    for split in (SCAN, DEVICES)
+    ("shared", Shared(), SCAN),
+    ("masked_remat", Shared(rematerialized), DEVICES),
+    ("scanned", Scanned(), DEVICES),
 ]
 _references = {}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wsbcn_flax.training._writers import JsonlWriter, MultiWriter, TensorBoardWriter, read_jsonl
+from wsbcn_flax.training.writers import JsonlWriter, MultiWriter, TensorBoardWriter, read_jsonl
 
 
 def metrics_of(step: int) -> dict[str, float]:
@@ -191,7 +191,7 @@ def test_many_writers_get_the_same_and_all_are_closed(tmp_path):
 
 def test_importing_imports_neither_orbax_nor_tensorboard():
     code = (
-        "import sys, wsbcn_flax.training._writers\n"
+        "import sys, wsbcn_flax.training.writers\n"
         "assert not {'orbax', 'orbax.checkpoint', 'tensorboardX'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,86 +1,48 @@
-"""The training step, what parallelizes and accumulates it, and the loop around it."""
+"""The training step, what parallelizes and accumulates it, the loop around it, the experiment.
 
-from wsbcn_flax.training._checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    CheckpointMismatchError,
-    CheckpointWarning,
-    CorruptCheckpointError,
-    NonFiniteStateError,
-    Restored,
+Plumbing is in named modules: ``checkpoints``, ``ahead_of_time``, ``preemption``, ``processes``,
+``progress`` and ``writers``.
+"""
+
+from wsbcn_flax.training._evaluation import (
+    Average,
+    EvalStep,
+    Evaluator,
+    NonFiniteLossError,
+    evaluate,
+    make_eval_step,
 )
-from wsbcn_flax.training._evaluation import EvalStep, evaluate, make_eval_step
-from wsbcn_flax.training._loop import LoopConfig, NonFiniteLossError, fit
-from wsbcn_flax.training._memory import Fit, device_bytes, largest_that_fits
-from wsbcn_flax.training._micro_batches import Batch, LossFn, Metrics, MicroBatches, split_batch
+from wsbcn_flax.training._experiment import BatchConfig, Data, Experiment, Program
+from wsbcn_flax.training._loop import LoopConfig, fit
+from wsbcn_flax.training._micro_batches import MicroBatches, split_batch
 from wsbcn_flax.training._optimizer import OptimizerConfig, kernel_mask
 from wsbcn_flax.training._partition import Partition
-from wsbcn_flax.training._preemption import (
-    PREEMPTED_STATUS,
-    PreemptedError,
-    StopRule,
-    stop_on_sigterm,
-)
-from wsbcn_flax.training._processes import (
-    is_first_process,
-    join_processes,
-    leave,
-    on_first_process,
-)
-from wsbcn_flax.training._progress import Progress
-from wsbcn_flax.training._state import TrainState
+from wsbcn_flax.training._state import TrainState, init_state
 from wsbcn_flax.training._step import TrainStep, make_train_step
-from wsbcn_flax.training._tasks import Classification, Task
-from wsbcn_flax.training._writers import (
-    JsonlWriter,
-    MetricWriter,
-    MultiWriter,
-    TensorBoardWriter,
-    read_jsonl,
-)
+from wsbcn_flax.training.checkpoints import Checkpointer, CheckpointError
 
 __all__ = [
-    "PREEMPTED_STATUS",
-    "Batch",
+    "Average",
+    "BatchConfig",
     "CheckpointError",
-    "CheckpointMismatchError",
-    "CheckpointWarning",
     "Checkpointer",
-    "Classification",
-    "CorruptCheckpointError",
+    "Data",
     "EvalStep",
-    "Fit",
-    "JsonlWriter",
+    "Evaluator",
+    "Experiment",
     "LoopConfig",
-    "LossFn",
-    "MetricWriter",
-    "Metrics",
     "MicroBatches",
-    "MultiWriter",
     "NonFiniteLossError",
-    "NonFiniteStateError",
     "OptimizerConfig",
     "Partition",
-    "PreemptedError",
-    "Progress",
-    "Restored",
-    "StopRule",
-    "Task",
-    "TensorBoardWriter",
+    "Program",
     "TrainState",
     "TrainStep",
-    "device_bytes",
     "evaluate",
     "fit",
-    "is_first_process",
-    "join_processes",
+    "init_state",
     "kernel_mask",
-    "largest_that_fits",
-    "leave",
     "make_eval_step",
     "make_train_step",
-    "on_first_process",
-    "read_jsonl",
     "split_batch",
-    "stop_on_sigterm",
 ]

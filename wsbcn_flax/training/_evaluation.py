@@ -2,35 +2,96 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax import lax
 
-from wsbcn_flax.training._micro_batches import Batch, Metrics
+from wsbcn_flax.tasks import Batch, Mean, Task
 from wsbcn_flax.training._state import TrainState
-from wsbcn_flax.training._tasks import Task
 
-EvalStep = Callable[[TrainState, Batch], Metrics]
+EvalStep = Callable[[TrainState, Batch], Any]
 
 
 class NonFiniteLossError(FloatingPointError):
     """A loss, gradient or metric of training or evaluation was NaN or infinite."""
 
 
-def make_eval_step(task: Task, *, axis_name: str | None = None) -> EvalStep:
-    """Makes ``step(state, batch) -> sums`` from a task, to wrap in ``Partition.compile``.
+class Evaluator(Protocol):
+    """Makes metrics on the host from the outputs of a task's ``evaluate``.
 
-    Args:
-        task: whose ``eval_fn`` sums over a batch.
-        axis_name: the device axis under ``pmap`` or ``shard_map``, None under ``jit``.
+    One is made for each evaluation. Every process runs it, on the outputs of all devices.
     """
 
-    def step(state: TrainState, batch: Batch) -> Metrics:
-        sums = task.eval_fn(state.params, state.batch_stats, batch)
-        return sums if axis_name is None else lax.psum(sums, axis_name)
+    def add(self, outputs: Any) -> None:
+        """Takes the outputs of one batch, as NumPy arrays."""
+        ...
+
+    def result(self) -> Mapping[str, float]:
+        """Returns the metrics of all batches."""
+        ...
+
+
+class Average:
+    """The evaluator of metrics that are ``Mean``s; it adds them up and divides once.
+
+    Raises:
+        ValueError: If there were no batches, a metric has no weight, or one is not a scalar.
+
+    Example:
+        >>> from wsbcn_flax.tasks import Mean
+        >>> from wsbcn_flax.training import Average
+        >>> average = Average()
+        >>> for wrong, size in [(1.0, 4), (1.0, 1)]:
+        ...     average.add({"error": Mean(wrong, size), "predicted": [0] * size})
+        >>> average.result()
+        {'error': 0.4}
+    """
+
+    def __init__(self):
+        self._sums: dict[str, Mean] = {}
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        """Adds the outputs of one batch that are ``Mean``s."""
+        for name, value in outputs.items():
+            if isinstance(value, Mean):
+                # In float64, since the sums of many batches lose digits in float32.
+                value = jax.tree.map(lambda x: np.asarray(x, np.float64), value)
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def result(self) -> dict[str, float]:
+        """Returns every mean."""
+        empty = [name for name, mean in self._sums.items() if not np.all(mean.weight)]
+        if empty or not self._sums:
+            raise ValueError(
+                "Evaluation needs at least one valid sample, and the batches held none"
+                f"{' for ' + ', '.join(empty) if empty else ''}."
+            )
+        return as_floats({name: mean.total / mean.weight for name, mean in self._sums.items()})
+
+
+def make_eval_step(task: Task, *, axis_name: str | None = None) -> EvalStep:
+    """Makes ``step(state, batch) -> outputs`` from a task, to wrap in ``Partition.compile``.
+
+    ``Mean``s are added over devices; predictions [B, ...] are gathered, in the order of the batch.
+
+    Args:
+        task: Task whose ``evaluate`` is called.
+        axis_name: Device axis under ``pmap`` or ``shard_map``; None under ``jit``.
+    """
+
+    def whole(output: Any) -> Any:
+        if isinstance(output, Mean):
+            return lax.psum(output, axis_name)
+        return lax.all_gather(output, axis_name, tiled=True)
+
+    def step(state: TrainState, batch: Batch) -> Any:
+        outputs = task.evaluate(state.params, state.batch_stats, batch)
+        if axis_name is None:
+            return outputs
+        return jax.tree.map(whole, outputs, is_leaf=lambda x: isinstance(x, Mean))
 
     return step
 
@@ -41,41 +102,47 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     transform: Callable[[Any], Any] | None = None,
+    evaluators: Sequence[Callable[[], Evaluator]] = (Average,),
 ) -> dict[str, float]:
-    """Averages a task's sums over all batches: each metric's sum divided by the total count.
+    """Evaluates a state over all batches.
 
     Args:
-        step: what ``make_eval_step`` made, compiled.
-        state: the training's, or one of a checkpoint.
-        batches: of the evaluation split.
-        transform: the training step's, params -> params, such as ``WeightStandardization()``;
-            applied once, before the first batch.
+        step: Compiled result of ``make_eval_step``.
+        state: State of the training, or of a checkpoint.
+        batches: Batches of the evaluation split.
+        transform: Transform params -> params of the training step; applied once, before the first
+            batch.
+        evaluators: Makers of the evaluators, whose metrics are joined.
 
     Raises:
-        ValueError: if the batches hold no valid sample, or the sums are not scalars with a count.
-        NonFiniteLossError: if a metric is not finite.
+        ValueError: If the batches hold no valid sample, or a metric is not a scalar.
+        NonFiniteLossError: If a metric is not finite.
 
     Example:
+        >>> from wsbcn_flax.tasks import Mean
         >>> from wsbcn_flax.training import evaluate
-        >>> step = lambda state, batch: {"error": batch["wrong"], "count": batch["size"]}
+        >>> step = lambda state, batch: {"error": Mean(batch["wrong"], batch["size"])}
         >>> evaluate(step, None, [{"wrong": 1.0, "size": 4}, {"wrong": 1.0, "size": 1}])
         {'error': 0.4}
     """
     if transform is not None:
         state = dataclasses.replace(state, params=jax.jit(transform)(state.params))
-    totals: dict[str, float] = {}
-    for sums in [step(state, batch) for batch in batches]:
-        for name, value in as_floats(sums).items():
-            totals[name] = totals.get(name, 0.0) + value
-    if totals and "count" not in totals:
-        raise ValueError(
-            "A task's eval_fn must return the number of valid samples as count, received sums of "
-            f"{', '.join(totals)} alone."
-        )
-    count = totals.pop("count", 0.0)
-    if not count:
-        raise ValueError("Evaluation needs at least one valid sample, and the batches held none.")
-    return check_evaluation({name: total / count for name, total in totals.items()})
+    made = [make() for make in evaluators]
+
+    def add(outputs: Any) -> None:
+        for evaluator in made:
+            evaluator.add(outputs)
+
+    pending = None
+    for batch in batches:
+        outputs = step(state, batch)
+        if pending is not None:  # One batch late: the device does not wait for the host.
+            add(jax.device_get(pending))
+        pending = outputs
+    if pending is not None:
+        add(jax.device_get(pending))
+    metrics = {name: value for each in made for name, value in each.result().items()}
+    return check_evaluation(metrics)
 
 
 def check_evaluation(metrics: Mapping[str, float], *, where: str = "") -> dict[str, float]:
@@ -83,7 +150,7 @@ def check_evaluation(metrics: Mapping[str, float], *, where: str = "") -> dict[s
     if bad := non_finite(metrics):
         raise NonFiniteLossError(
             f"Evaluation needs finite metrics, received {bad}{where}. Look for labels outside the "
-            "classes and for bad values in the evaluation data; if there are none, the weights or "
+            "classes and for bad values in the evaluation data. If there are none, the weights or "
             "running statistics have diverged: evaluate an earlier checkpoint."
         )
     return dict(metrics)
@@ -95,7 +162,7 @@ def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     if shapes := {name: np.shape(value) for name, value in values.items() if np.ndim(value)}:
         raise ValueError(
             f"Metrics must be scalars, received arrays of the shapes {shapes}. Reduce them over "
-            "the batch: means in training, sums in evaluation."
+            "the batch: means in training, Means in evaluation, or an evaluator of your own."
         )
     return {name: float(value) for name, value in values.items()}
 

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from wsbcn_flax.training._checkpoint import Checkpointer
+from wsbcn_flax.tasks import Batch
 from wsbcn_flax.training._evaluation import (
     NonFiniteLossError,
     as_floats,
     check_evaluation,
     non_finite,
 )
-from wsbcn_flax.training._micro_batches import Batch
-from wsbcn_flax.training._preemption import PreemptedError, StopRule
-from wsbcn_flax.training._progress import Progress
 from wsbcn_flax.training._state import TrainState
 from wsbcn_flax.training._step import TrainStep
-from wsbcn_flax.training._writers import MetricWriter, MultiWriter
+from wsbcn_flax.training.checkpoints import Checkpointer
+from wsbcn_flax.training.preemption import PreemptedError, StopRule
+from wsbcn_flax.training.progress import Progress
+from wsbcn_flax.training.writers import MetricWriter, MultiWriter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,8 @@ def fit(
         previous = None
         if done == config.steps and evaluate is not None:
             results = _evaluated(evaluate, state, done)
+        if done < config.steps:
+            progress.note("compiling the step")
         for number in range(done + 1, config.steps + 1):
             state, metrics = step(state, _next(batches, number, config.steps))
             if previous is not None:

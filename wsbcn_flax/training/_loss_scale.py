@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.training.dynamic_scale import DynamicScale
 
-from wsbcn_flax.training._micro_batches import Batch, LossFn, Metrics
+from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics
 from wsbcn_flax.training._state import TrainState
 
 
@@ -21,9 +21,11 @@ def scale_loss(loss_fn: LossFn, loss_scale: DynamicScale) -> LossFn:
 
     def scaled_loss_fn(
         params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    ) -> tuple[Any, tuple[Any, Metrics]]:
         loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
-        return loss * loss_scale.scale, (batch_stats, {"loss": loss, **metrics})
+        scale = loss_scale.scale
+        scaled = Mean(loss.total * scale, loss.weight) if isinstance(loss, Mean) else loss * scale
+        return scaled, (batch_stats, {"loss": loss, **metrics})
 
     return scaled_loss_fn
 

@@ -2,33 +2,25 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
+from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
 Loop = Literal["auto", "scan", "unroll", "vmap"]
 BatchStatsRule = Literal["average", "carry"]
 
 
-class LossFn(Protocol):
-    """What a task gives the training step."""
-
-    def __call__(
-        self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """The batch's mean loss, and its new batch_stats and mean metrics."""
-        ...
-
-
 class Evaluated(NamedTuple):
-    """What one pass over a batch yields, each averaged over its samples."""
+    """Results of one pass over a batch, averaged over its micro-batches.
+
+    The gradients are those of the loss, or of its total where the loss is a ``Mean``.
+    """
 
     gradients: Any
     batch_stats: Any
@@ -134,11 +126,17 @@ def evaluate_micro_batches(
 
 
 def _evaluate(loss_fn: LossFn, params, batch_stats, batch, rng) -> Evaluated:
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (new_batch_stats, metrics)), gradients = grad_fn(params, batch_stats, batch, rng=rng)
+    def total_loss(params):
+        loss, (new_batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
+        total = loss.total if isinstance(loss, Mean) else loss
+        return total, (new_batch_stats, {"loss": loss, **metrics})
+
+    (_, (new_batch_stats, metrics)), gradients = jax.value_and_grad(total_loss, has_aux=True)(
+        params
+    )
     # Half precision would lose small micro-batches' gradients in the sum of the others'.
     gradients = jax.tree.map(lambda g: g.astype(statistics_dtype(g.dtype)), gradients)
-    return Evaluated(gradients, new_batch_stats, {"loss": loss, **metrics})
+    return Evaluated(gradients, new_batch_stats, metrics)
 
 
 def _batched(loss_fn: LossFn) -> Callable:

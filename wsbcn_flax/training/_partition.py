@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,12 +13,11 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from wsbcn_flax.training._processes import place
 from wsbcn_flax.training._state import TrainState
+from wsbcn_flax.training.processes import place
 
 Mode = Literal["jit", "shard_map", "pmap"]
 AXIS_NAME = "data"
-_ONE_AT_A_TIME = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,21 +25,22 @@ class Partition:
     """Data parallelism over devices: the state on every device, the batch split among them.
 
     Attributes:
-        mode: "shard_map" runs the step on each device's share of the batch with ``axis_name``;
-            "pmap" is the same by ``jax.pmap``, which JAX keeps for old code: it does not donate
-            and reshapes every batch; "jit" runs it on global arrays, and XLA inserts the
-            collectives (batch statistics are then those of the whole micro-batch on all devices).
-        devices: all that JAX knows, those of other processes included, if None.
-        shard_optimizer: whether each device keeps and updates only its share of the optimizer's
-            state, as ZeRO's first stage does: arrays of which a dimension is a multiple of the
+        mode: How devices are used. "shard_map" runs the step on each device's share of the batch
+            with ``axis_name``. "pmap" does the same by ``jax.pmap``, which JAX keeps for old code:
+            it does not donate and reshapes every batch. "jit" runs it on global arrays, and XLA
+            inserts the collectives; batch statistics are then those of the whole micro-batch.
+        devices: Devices to use; defaults to all that JAX knows, other processes' included.
+        shard_optimizer: Whether each device keeps and updates only its share of the optimizer's
+            state, as ZeRO's first stage does. Arrays of which a dimension is a multiple of the
             number of devices are split along the longest such. The step stays the same; the
             updated parameters are gathered once more. For "jit" only.
-        compact: whether XLA for CPU runs one operation at a time, in the order that holds the least
-            memory, and not several at once. Other backends ignore it. Not for "pmap".
+        compiler_options: Options of XLA, as ``jax.jit`` takes them. On CPU,
+            ``{"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}`` runs one operation
+            at a time, in the order that holds the least memory. Not for "pmap".
 
     Raises:
-        ValueError: for an unknown mode, ``shard_optimizer`` with another mode than "jit", or
-            ``compact`` with "pmap".
+        ValueError: For an unknown mode, ``shard_optimizer`` with another mode than "jit", or
+            ``compiler_options`` with "pmap".
 
     References:
         Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models,
@@ -60,7 +60,7 @@ class Partition:
     mode: Mode = "shard_map"
     devices: Sequence[Any] | None = None
     shard_optimizer: bool = False
-    compact: bool = False
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.mode not in get_args(Mode):
@@ -70,10 +70,10 @@ class Partition:
                 "shard_optimizer leaves the collectives to XLA, which only global arrays do: it "
                 f'needs mode="jit", received {self.mode!r}.'
             )
-        if self.compact and self.mode == "pmap":
+        if self.compiler_options and self.mode == "pmap":
             raise ValueError(
-                "compact is an option of the compiler, which jax.pmap does not take: use "
-                'mode="jit" or "shard_map", received "pmap".'
+                "jax.pmap takes no compiler_options, received "
+                f'{dict(self.compiler_options)}. Use mode="jit" or "shard_map".'
             )
 
     @functools.cached_property
@@ -145,7 +145,7 @@ class Partition:
             in_shardings=(state, batch),
             out_shardings=state,
             donate_argnums=0 if donate_state else (),
-            compiler_options=_ONE_AT_A_TIME if self.compact else None,
+            compiler_options=dict(self.compiler_options) or None,
         )
 
     def place_state(self, state: Any) -> Any:

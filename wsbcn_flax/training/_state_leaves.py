@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wsbcn_flax.training._processes import place
+from wsbcn_flax.training.processes import place
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The training step: a pure function from state and batch to state and metrics."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,10 @@ from flax.core import FrozenDict, freeze
 from jax import lax
 
 from wsbcn_flax.layers._step_statistics import advance, collected, collecting
+from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics, Task
 from wsbcn_flax.training._all_reduce import mean_over_devices
 from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
-from wsbcn_flax.training._micro_batches import (
-    Batch,
-    LossFn,
-    Metrics,
-    MicroBatches,
-    evaluate_micro_batches,
-)
+from wsbcn_flax.training._micro_batches import MicroBatches, evaluate_micro_batches
 from wsbcn_flax.training._state import TrainState
 
 _ONE = MicroBatches()
@@ -28,7 +24,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    loss_fn: LossFn,
+    task: Task | LossFn,
     optimizer: optax.GradientTransformation,
     *,
     transform: Callable[[Any], Any] | None = None,
@@ -43,31 +39,35 @@ def make_train_step(
     transformed parameters over all micro-batches, averages gradients, batch_stats and metrics over
     devices in one all-reduce, and pulls the gradient back through the transform once.
 
-    Where the state has a ``loss_scale``, gradients are computed of the scaled loss; a step whose
+    Losses and metrics may be ``Mean``s: totals and weights are then averaged and divided once, so
+    that the step is the whole batch's even if the weights of its parts differ.
+
+    Where the state has a ``loss_scale``, gradients are computed of the scaled loss. A step whose
     gradients are not finite is skipped, but for its number, and the scale adapts.
 
     Args:
-        loss_fn: ``(params, batch_stats, batch, *, rng) -> (loss, (batch_stats, metrics))``, all
-            means over the batch.
-        optimizer: any optax transformation.
-        transform: params -> params, such as ``WeightStandardization()``; None for the identity.
-        kernel_dtype: what the model's convolutions compute in, if narrower than the parameters. Its
-            kernels, arrays of rank 3 or more, are then rounded to it once a step, after
+        task: Task to train, or a loss function ``(params, batch_stats, batch, *, rng) -> (loss,
+            (batch_stats, metrics))``. Losses and metrics are means over the batch.
+        optimizer: Any optax transformation.
+        transform: Function params -> params, such as ``WeightStandardization()``; None for the
+            identity.
+        kernel_dtype: Dtype the model's convolutions compute in, if narrower than the parameters.
+            Leaves named ``kernel`` of rank 3 or more are then rounded to it once a step, after
             ``transform``, and not in each use of them; their gradients accumulate in float32. The
             numbers are the same, with less memory to move. None leaves rounding to the layers.
-        micro_batches: how many, and how they run.
-        axis_name: the device axis under ``pmap`` or ``shard_map``, None under ``jit``.
-        seed: of the random numbers (dropout) handed to ``loss_fn``, distinct for each step, device
-            and micro-batch.
+        micro_batches: Number of micro-batches, and how they run.
+        axis_name: Device axis under ``pmap`` or ``shard_map``; None under ``jit``.
+        seed: Seed of the random numbers (dropout) that the loss receives, distinct for each step,
+            device and micro-batch.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``, to wrap in ``Partition.compile`` or ``jax.jit``.
-        The metrics are those of ``loss_fn``, with ``loss`` and ``grad_norm``, and where the loss is
-        scaled ``loss_scale`` and ``skipped``, 1 for a step that was.
+        The metrics are those of the loss function, with ``loss`` and ``grad_norm``. Where the loss
+        is scaled there are also ``loss_scale`` and ``skipped``, 1 for a step that was.
 
     Raises:
-        ValueError: when traced, for an empty batch or one that the micro-batches do not divide.
-        AssertionError: when traced, if the update changes a shape or dtype of the state, which
+        ValueError: When traced, for an empty batch or one that the micro-batches do not divide.
+        AssertionError: When traced, if the update changes a shape or dtype of the state, which
             would compile every second step anew.
 
     Example:
@@ -94,7 +94,9 @@ def make_train_step(
             else jax.vjp(transform, state.params)
         )
         params = transformed if kernel_dtype is None else _round(transformed, kernel_dtype)
-        loss = loss_fn if micro_batches.batch_stats == "carry" else _adds_calls_up(loss_fn)
+        loss = _loss_fn(task, state)
+        if micro_batches.batch_stats == "average":
+            loss = _adds_calls_up(loss)
         if state.loss_scale is not None:
             loss = scale_loss(loss, state.loss_scale)
         out = evaluate_micro_batches(
@@ -105,7 +107,8 @@ def make_train_step(
         batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
             batch_stats = freeze(batch_stats)
-        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), out.gradients, transformed)
+        gradients = _of_the_mean(out.gradients, out.metrics["loss"])
+        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, transformed)
         (gradients,) = pull_back(gradients)
         if state.loss_scale is not None:
             gradients = unscale(gradients, state.loss_scale)
@@ -117,13 +120,32 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        metrics = {**out.metrics, "grad_norm": optax.tree.norm(gradients)}
+        after_update = getattr(task, "after_update", lambda state: state.extra)
+        new_state = dataclasses.replace(new_state, extra=after_update(new_state))
+        metrics = {name: _divided(metric) for name, metric in out.metrics.items()}
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         if state.loss_scale is not None:
             new_state, metrics = skip_if_not_finite(state, new_state, metrics)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
         return new_state, metrics
 
     return step
+
+
+def _loss_fn(task: Any, state: TrainState) -> LossFn:
+    """The loss as a function of what a micro-batch changes."""
+    return functools.partial(task.loss, extra=state.extra) if hasattr(task, "loss") else task
+
+
+def _of_the_mean(gradients: Any, loss: Any) -> Any:
+    """The gradients of a ``Mean``, from those of its total; zero where its weight is zero."""
+    if not isinstance(loss, Mean):
+        return gradients
+    return jax.tree.map(lambda g: Mean(g, loss.weight).divide().astype(g.dtype), gradients)
+
+
+def _divided(metric: Any) -> Any:
+    return metric.divide() if isinstance(metric, Mean) else metric
 
 
 def _adds_calls_up(loss_fn: LossFn) -> LossFn:
@@ -140,11 +162,12 @@ def _adds_calls_up(loss_fn: LossFn) -> LossFn:
 def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """The parameters with convolution kernels in ``dtype``, computed once and written down."""
 
-    def rounded(array):
+    def rounded(path, array):
+        is_kernel = getattr(path[-1], "key", None) == "kernel" and array.ndim > 2
         floating = jnp.issubdtype(array.dtype, jnp.floating)
-        if array.ndim < 3 or not floating or jnp.finfo(array.dtype).bits <= jnp.finfo(dtype).bits:
+        if not is_kernel or not floating or jnp.finfo(array.dtype).bits <= jnp.finfo(dtype).bits:
             return array
         # Else XLA repeats what made the kernel, in its own dtype, in each use of it.
         return lax.optimization_barrier(array.astype(dtype))
 
-    return jax.tree.map(rounded, params)
+    return jax.tree_util.tree_map_with_path(rounded, params)

@@ -18,8 +18,9 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import jax
 import numpy as np
 
-from wsbcn_flax.training._processes import fetch, is_first_process, on_first_process
+from wsbcn_flax._extras import require
 from wsbcn_flax.training._state_leaves import fingerprint, named_leaves, place_like
+from wsbcn_flax.training.processes import fetch, is_first_process, on_first_process
 
 StateT = TypeVar("StateT")
 
@@ -87,8 +88,7 @@ class Checkpointer:
             raise ValueError(
                 f"max_to_keep must be at least 1, or None for all, received {max_to_keep}"
             )
-        import orbax.checkpoint as ocp
-
+        ocp = require("orbax.checkpoint", extra="train")
         self._orbax = ocp
         self._directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(

@@ -1,8 +1,8 @@
-"""What a task gives the one training loop, and classification."""
+"""Image classification."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,29 +11,12 @@ import optax
 from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
-from wsbcn_flax.training._micro_batches import Batch, Metrics
-
-
-class Task(Protocol):
-    """A model, its loss and its evaluation, as pure functions of parameters and statistics."""
-
-    def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """The model's variables for batches shaped like ``batch``, whatever their values."""
-        ...
-
-    def loss_fn(
-        self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """The batch's mean loss, with its new batch_stats and its mean metrics."""
-        ...
-
-    def eval_fn(self, params: Any, batch_stats: Any, batch: Batch) -> Metrics:
-        """Sums over the batch's valid samples, and how many those are as ``count``."""
-        ...
+from wsbcn_flax.tasks._mean import Mean
+from wsbcn_flax.tasks._task import Batch, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(Task):
     """Softmax cross-entropy on batches of ``image`` [B, H, W, C] and ``label``.
 
     A label is one of two kinds. Class numbers are integers [B] from 0 to K - 1. Target
@@ -45,23 +28,24 @@ class Classification:
     ``fit`` and ``evaluate`` then raise ``NonFiniteLossError``.
 
     Attributes:
-        model: called as ``model.apply(variables, images, train=...)``, returning logits [B, K].
-        label_smoothing: probability spread evenly over all classes in the training loss.
+        model: Network, called as ``model.apply(variables, images, train=...)``; returns logits
+            [B, K].
+        label_smoothing: Probability spread evenly over all classes in the training loss.
 
     Raises:
-        ValueError: for label smoothing outside [0, 1); when traced, for a batch without the arrays
-            named here, or for labels or logits of another shape or dtype.
+        ValueError: If label smoothing is outside [0, 1). When traced, for a batch without the
+            arrays named here, and for labels or logits of another shape or dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from wsbcn_flax.models import CifarResNet
-        >>> from wsbcn_flax.training import Classification
+        >>> from wsbcn_flax.tasks import Classification
         >>> task = Classification(model=CifarResNet(depth=8, width=4))
         >>> batch = {"image": jnp.ones((2, 8, 8, 1)), "label": jnp.array([0, 1])}
         >>> variables = jax.jit(task.init)(jax.random.key(0), batch)
-        >>> sums = task.eval_fn(**variables, batch={**batch, "mask": jnp.ones(2)})
-        >>> sorted(sums)
-        ['count', 'error', 'loss', 'top5_error']
+        >>> means = task.evaluate(**variables, batch={**batch, "mask": jnp.ones(2)})
+        >>> sorted(means)
+        ['error', 'loss', 'top5_error']
     """
 
     model: nn.Module
@@ -72,15 +56,15 @@ class Classification:
             raise ValueError(f"label_smoothing must be in [0, 1), received {self.label_smoothing}.")
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """Variables of the model for images of the batch's shape, whatever their values."""
+        """Returns variables of the model for images of the batch's shape."""
         _check_names(batch, "image")
         images = jnp.zeros((1, *batch["image"].shape[1:]), batch["image"].dtype)
         return self.model.init(key, images, train=False)
 
-    def loss_fn(
-        self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
+    def loss(
+        self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array, extra: Any = None
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Mean cross-entropy, new batch_stats, and the fraction of errors as ``error``."""
+        """Returns the mean cross-entropy, new batch_stats, and the top-1 error as ``error``."""
         _check_names(batch, "image", "label")
         logits, updates = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
@@ -94,10 +78,10 @@ class Classification:
         error = jnp.mean(_is_wrong(logits, label))
         return loss, (updates.get("batch_stats", {}), {"error": error})
 
-    def eval_fn(self, params: Any, batch_stats: Any, batch: Batch) -> Metrics:
-        """Sums over the samples whose ``mask`` [B] is 1; the others may hold anything.
+    def evaluate(self, params: Any, batch_stats: Any, batch: Batch) -> dict[str, Mean]:
+        """Returns means over the samples whose ``mask`` [B] is 1; the others may hold anything.
 
-        The sums are the loss, top-1 errors as ``error`` and, with more than five classes,
+        They are the loss, the top-1 error as ``error`` and, with more than five classes,
         ``top5_error``.
         """
         _check_names(batch, "image", "label", "mask")
@@ -109,12 +93,10 @@ class Classification:
                 f"mask must have one number for each sample, shape {label.shape[:1]}, received "
                 f"{batch['mask'].shape}."
             )
-        valid = batch["mask"] > 0  # A selection: padding may hold anything.
         values = {"loss": _cross_entropy(logits, label), "error": _is_wrong(logits, label)}
         if logits.shape[-1] > 5:
             values["top5_error"] = _is_wrong(logits, label, guesses=5)
-        sums = {name: jnp.sum(jnp.where(valid, value, 0)) for name, value in values.items()}
-        return {**sums, "count": jnp.sum(batch["mask"])}
+        return {name: Mean.of(value, weight=batch["mask"]) for name, value in values.items()}
 
 
 def _check_names(batch: Batch, *names: str) -> None:

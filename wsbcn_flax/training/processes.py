@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
-from wsbcn_flax.training._preemption import PREEMPTED_STATUS
+from wsbcn_flax.training.preemption import PREEMPTED_STATUS
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def join_processes(*, cluster: bool = False, heartbeat_timeout: int = 100) -> No
         RuntimeError: if devices were asked for before, or the others cannot be reached.
 
     Example:
-        >>> from wsbcn_flax.training import join_processes
+        >>> from wsbcn_flax.training.processes import join_processes
         >>> join_processes()  # None of the variables is set: this process stays alone.
     """
     described = _described(os.environ)
@@ -64,7 +64,7 @@ def on_first_process(action: Callable[[], T]) -> T:
         action: what to run; its result must survive ``pickle``.
 
     Example:
-        >>> from wsbcn_flax.training import on_first_process
+        >>> from wsbcn_flax.training.processes import on_first_process
         >>> on_first_process(lambda: 1 + 1)
         2
     """

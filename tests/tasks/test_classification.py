@@ -1,4 +1,3 @@
-import functools
 import re
 
 import chex
@@ -9,101 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from wsbcn_flax import BatchChannelNorm, WeightStandardization
-from wsbcn_flax.models import CifarResNet
-from wsbcn_flax.training import (
-    Classification,
-    NonFiniteLossError,
-    Partition,
-    TrainState,
-    evaluate,
-    make_eval_step,
-)
-
-MODEL = CifarResNet(depth=8, width=4, norm=functools.partial(BatchChannelNorm, num_groups=2))
-
-
-def make_batch(size, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "image": rng.normal(size=(size, 8, 8, 1)).astype(np.float32),
-        "label": rng.integers(0, 10, size).astype(np.int32),
-        "mask": np.ones(size, np.float32),
-    }
-
-
-def pad(batch, size):
-    """Padding that would be seen: NaN images and a label that is no class."""
-    extra = size - len(batch["label"])
-    return {
-        "image": np.concatenate([batch["image"], np.full((extra, 8, 8, 1), np.nan, np.float32)]),
-        "label": np.concatenate([batch["label"], np.full(extra, 10**6, np.int32)]),
-        "mask": np.concatenate([batch["mask"], np.zeros(extra, np.float32)]),
-    }
-
-
-def test_evaluation_counts_every_sample_once_and_padding_never():
-    task = Classification(model=MODEL)
-    whole = make_batch(13)
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(0), whole), optax.sgd(0.1))
-    step = jax.jit(make_eval_step(task))
-    parts = [{name: array[i : i + 5] for name, array in whole.items()} for i in (0, 5, 10)]
-    batches = [pad(part, 5) for part in parts]
-    chex.assert_trees_all_close(
-        evaluate(step, state, batches), evaluate(step, state, [whole]), rtol=1e-5
-    )
-    logits = MODEL.apply(
-        {"params": state.params, "batch_stats": state.batch_stats}, whole["image"], train=False
-    )
-    wrong = np.mean(np.argmax(logits, -1) != whole["label"])
-    np.testing.assert_allclose(evaluate(step, state, batches)["error"], wrong, rtol=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
-def test_evaluation_on_eight_devices(mode):
-    task = Classification(model=MODEL)
-    batch = pad(make_batch(13), 16)
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(0), batch), optax.sgd(0.1))
-    alone = evaluate(jax.jit(make_eval_step(task)), state, [batch])
-    partition = Partition(mode=mode)
-    step = partition.compile(
-        make_eval_step(task, axis_name=partition.axis_name), donate_state=False
-    )
-    spread = evaluate(step, partition.place_state(state), [partition.place_batch(batch)])
-    chex.assert_trees_all_close(spread, alone, rtol=1e-5)
-
-
-def test_evaluation_standardizes_the_kernels_before_the_first_batch():
-    task = Classification(model=MODEL)
-    batch = make_batch(4)
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(0), batch), optax.sgd(0.1))
-    ws = WeightStandardization()
-    step = jax.jit(make_eval_step(task))
-    folded = state.replace(params=ws(state.params))
-    expected = evaluate(step, folded, [batch])
-    assert expected != evaluate(step, state, [batch])
-    chex.assert_trees_all_close(evaluate(step, state, [batch], transform=ws), expected, rtol=1e-5)
-
-
-def test_evaluation_needs_a_sample():
-    with pytest.raises(ValueError, match="at least one valid sample"):
-        evaluate(lambda state, batch: {"count": 0.0}, None, [{}])
-
-
-def test_evaluation_needs_a_count():
-    with pytest.raises(ValueError, match=r"as count, received sums of loss alone"):
-        evaluate(lambda state, batch: {"loss": 1.0}, None, [{}])
-
-
-def test_evaluation_needs_sums():
-    with pytest.raises(ValueError, match=r"must be scalars.*\{'loss': \(4,\)\}"):
-        evaluate(lambda state, batch: {"loss": jnp.ones(4), "count": 4}, None, [{}])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_evaluation_is_finite_or_an_error(value):
-    with pytest.raises(NonFiniteLossError, match=r"received \{'loss': (nan|inf)\}\. .*labels"):
-        evaluate(lambda state, batch: {"loss": value, "error": 1.0, "count": 2.0}, None, [{}, {}])
+from wsbcn_flax.tasks import Classification
+from wsbcn_flax.training import NonFiniteLossError, TrainState, evaluate, make_eval_step
 
 
 class FixedLogits(nn.Module):
@@ -120,7 +26,7 @@ def test_loss_is_smoothed_cross_entropy():
     logits = np.array([1.0, -2.0, 0.5])
     batch = {"image": jnp.zeros((4, 1, 1, 1)), "label": jnp.array([0, 0, 1, 2])}
     params = {"logits": jnp.asarray(logits, jnp.float32)}
-    loss, (_, metrics) = task.loss_fn(params, {}, batch, rng=jax.random.key(0))
+    loss, (_, metrics) = task.loss(params, {}, batch, rng=jax.random.key(0))
     log_p = logits - np.log(np.exp(logits).sum())
     expected = -np.mean([0.7 * log_p[label] + 0.3 * log_p.mean() for label in (0, 0, 1, 2)])
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -144,18 +50,19 @@ def test_counts_the_labels_that_are_not_among_the_five_largest_logits():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(64, 9)).astype(np.float32), rng.integers(0, 9, 64)
     batch = {"image": logits[:, None, None], "label": labels, "mask": np.arange(64) % 3 > 0}
-    sums = Classification(model=GivenLogits()).eval_fn({}, {}, batch)
+    sums = Classification(model=GivenLogits()).evaluate({}, {}, batch)
     ranks = (np.argsort(-logits, axis=-1) == labels[:, None]).argmax(-1)[batch["mask"]]
-    assert float(sums["error"]) == (ranks > 0).sum()
-    assert float(sums["top5_error"]) == (ranks > 4).sum() > 0
+    assert float(sums["error"].total) == (ranks > 0).sum()
+    assert float(sums["top5_error"].total) == (ranks > 4).sum() > 0
+    assert float(sums["top5_error"].weight) == batch["mask"].sum()
 
 
 def test_five_classes_have_no_top5_error():
     batch = {"image": np.zeros((2, 1, 1, 5)), "label": np.array([0, 4]), "mask": np.ones(2)}
-    sums = Classification(model=GivenLogits()).eval_fn({}, {}, batch)
-    assert set(sums) == {"loss", "error", "count"}
+    sums = Classification(model=GivenLogits()).evaluate({}, {}, batch)
+    assert set(sums) == {"loss", "error"}
     # Of equal logits the first is the guess: a network that says nothing is not right.
-    assert float(sums["error"]) == 1
+    assert float(sums["error"].total) == 1
 
 
 # --- labels -------------------------------------------------------------------------------------
@@ -172,7 +79,7 @@ def loss_and_gradient(batch, smoothing=0.0):
     task = Classification(model=GivenLogits(), label_smoothing=smoothing)
 
     def loss_fn(image):
-        loss, (_, metrics) = task.loss_fn({}, {}, {**batch, "image": image}, rng=jax.random.key(0))
+        loss, (_, metrics) = task.loss({}, {}, {**batch, "image": image}, rng=jax.random.key(0))
         return loss, metrics
 
     return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(batch["image"])
@@ -190,8 +97,8 @@ def test_the_loss_is_that_of_optax(smoothing, dtype):
     expected = jnp.mean(optax.softmax_cross_entropy(LOGITS, targets))
     np.testing.assert_allclose(loss_and_gradient(batch, smoothing)[0][0], expected, rtol=1e-6)
     loss = optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS).sum()
-    sums = Classification(model=GivenLogits()).eval_fn({}, {}, batch)
-    np.testing.assert_allclose(sums["loss"], loss, rtol=1e-6)
+    sums = Classification(model=GivenLogits()).evaluate({}, {}, batch)
+    np.testing.assert_allclose(sums["loss"].total, loss, rtol=1e-6)
 
 
 def test_small_dtypes_hold_labels_of_many_classes():
@@ -224,7 +131,7 @@ def test_one_hot_targets_are_their_labels(smoothing, dtype):
         loss_and_gradient(one_hot, smoothing), loss_and_gradient(numbers, smoothing), rtol=1e-6
     )
     task = Classification(model=GivenLogits())
-    chex.assert_trees_all_equal(task.eval_fn({}, {}, one_hot), task.eval_fn({}, {}, numbers))
+    chex.assert_trees_all_equal(task.evaluate({}, {}, one_hot), task.evaluate({}, {}, numbers))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -286,7 +193,7 @@ def test_other_labels_are_refused(label):
     rule = "label must be class numbers, integers (4,), or target distributions (4, 7), received "
     for run in (
         lambda: loss_and_gradient(batch),
-        lambda: Classification(model=GivenLogits()).eval_fn({}, {}, batch),
+        lambda: Classification(model=GivenLogits()).evaluate({}, {}, batch),
     ):
         with pytest.raises(ValueError, match=re.escape(f"{rule}{received}. ")):
             run()
@@ -296,17 +203,17 @@ def test_a_batch_needs_its_arrays():
     task, batch = Classification(model=GivenLogits()), given(LOGITS, LABELS)
     image = {"image": batch["image"]}
     with pytest.raises(ValueError, match="batches of image, label, received one of image"):
-        task.loss_fn({}, {}, image, rng=jax.random.key(0))
+        task.loss({}, {}, image, rng=jax.random.key(0))
     with pytest.raises(ValueError, match="batches of image, received one of nothing"):
         task.init(jax.random.key(0), {})
     with pytest.raises(ValueError, match=r"label, mask, 1 for .* padding, received one of image, "):
-        task.eval_fn({}, {}, image | {"label": batch["label"]})
+        task.evaluate({}, {}, image | {"label": batch["label"]})
     with pytest.raises(ValueError, match=r"mask .* shape \(4,\), received \(4, 1\)"):
-        task.eval_fn({}, {}, batch | {"mask": jnp.ones((4, 1))})
+        task.evaluate({}, {}, batch | {"mask": jnp.ones((4, 1))})
 
 
 def test_a_model_must_return_logits():
     task = Classification(model=nn.Sequential([lambda x, train: x]))
     batch = given(LOGITS, LABELS)
     with pytest.raises(ValueError, match=r"return logits \[B, K\], received \(4, 1, 1, 7\)"):
-        task.eval_fn({}, {}, batch)
+        task.evaluate({}, {}, batch)

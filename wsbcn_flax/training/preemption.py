@@ -26,7 +26,7 @@ def stop_on_sigterm() -> Iterator[StopRule]:
 
     Example:
         >>> import os, signal
-        >>> from wsbcn_flax.training import stop_on_sigterm
+        >>> from wsbcn_flax.training.preemption import stop_on_sigterm
         >>> with stop_on_sigterm() as should_stop:
         ...     before = should_stop(1)
         ...     os.kill(os.getpid(), signal.SIGTERM)

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
-import rich
-import rich.progress as bars
-from rich.console import Console
+from wsbcn_flax._extras import require
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LINES_IN_A_LOG = 20
 _SECONDS_BETWEEN_REFRESHES = 0.2
@@ -25,6 +26,8 @@ class Progress:
         total: The step at which it ends.
         start: The step at which it starts or resumes.
         enabled: Whether to show anything.
+        live: Whether a thread redraws the bar between updates. Turn it off where times are taken:
+            the thread would compete with what is measured.
         console: Where to show it; by default rich's own, on the standard output.
 
     Example:
@@ -40,12 +43,17 @@ class Progress:
         total: int,
         start: int = 0,
         enabled: bool = True,
-        console: Console | None = None,
+        live: bool = True,
+        console: "Console | None" = None,
     ):
-        console = console or rich.get_console()
-        # FORCE_COLOR makes rich take a log for a terminal.
-        display = _Bar if console.is_interactive and console.file.isatty() else _Lines
-        self._display = display(console, description, start, total) if enabled else None
+        self._display: _Bar | _Lines | None = None
+        if enabled:
+            console = console or cast("Console", require("rich", extra="train").get_console())
+            # FORCE_COLOR makes rich take a log for a terminal.
+            if console.is_interactive and console.file.isatty():
+                self._display = _Bar(console, description, start, total, live=live)
+            else:
+                self._display = _Lines(console, description, start, total)
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
     def __enter__(self) -> Self:
@@ -58,6 +66,11 @@ class Progress:
         self._pending = (step, metrics or {})
         if self._display and self._display.is_due(step):
             self._show()
+
+    def note(self, text: str) -> None:
+        """Shows what the loop is busy with besides its steps, such as compiling."""
+        if self._display:
+            self._display.note(text)
 
     def __exit__(self, *exc_info: object) -> None:
         if self._display:
@@ -74,7 +87,8 @@ class Progress:
 class _Bar:
     """A live bar of rich."""
 
-    def __init__(self, console: Console, description: str, start: int, total: int):
+    def __init__(self, console: "Console", description: str, start: int, total: int, *, live: bool):
+        bars = require("rich.progress", extra="train")
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
@@ -82,6 +96,7 @@ class _Bar:
             bars.TimeRemainingColumn(),
             bars.TextColumn("{task.fields[metrics]}", markup=False),
             console=console,
+            auto_refresh=live,
             speed_estimate_period=300,
         )
         self._task = self._bar.add_task(description, completed=start, total=total, metrics="")
@@ -91,15 +106,18 @@ class _Bar:
     def is_due(self, step: int) -> bool:
         return time.monotonic() - self._refreshed >= _SECONDS_BETWEEN_REFRESHES
 
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, metrics=text, refresh=True)
+
     def show(self, step: int, metrics: str) -> None:
-        self._bar.update(self._task, completed=step, metrics=metrics)
+        self._bar.update(self._task, completed=step, metrics=metrics, refresh=True)
         self._refreshed = time.monotonic()
 
 
 class _Lines:
     """A line at the first step, then whenever another twentieth is done, and at the last."""
 
-    def __init__(self, console: Console, description: str, start: int, total: int):
+    def __init__(self, console: "Console", description: str, start: int, total: int):
         self._file, self._description = console.file, description
         self._start, self._total = start, total
         self._due = start
@@ -112,6 +130,9 @@ class _Lines:
 
     def is_due(self, step: int) -> bool:
         return step >= self._due or step == self._total
+
+    def note(self, text: str) -> None:
+        print(f"{self._description}: {text}", file=self._file, flush=True)
 
     def show(self, step: int, metrics: str) -> None:
         self._due = step + self._total / _LINES_IN_A_LOG

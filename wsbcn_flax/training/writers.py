@@ -1,4 +1,4 @@
-"""Where metrics go: one small protocol, with writers for JSON lines and TensorBoard."""
+"""Writers of a run's files: metrics as JSON lines and for TensorBoard, and JSON documents."""
 
 import contextlib
 import json
@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from wsbcn_flax._extras import require
 
 
 class MetricWriter(Protocol):
@@ -86,18 +88,22 @@ def _json_scalar(name: str, value: Any) -> float | str:
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metric {name!r} must be a scalar; got {value!r:.80}") from error
+        raise ValueError(f"metric {name!r} must be a scalar, received {value!r:.80}") from error
     return number if math.isfinite(number) else json.dumps(number)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes a JSON file by an atomic replacement, so that a kill leaves the old one or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(document, indent=2) + "\n")
+    temporary.replace(path)
 
 
 class TensorBoardWriter:
     """Writes scalars for TensorBoard, which will hide those later than `resume_step`."""
 
     def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ImportError("TensorBoard needs pip install 'wsbcn_flax[tensorboard]'") from error
+        SummaryWriter = require("tensorboardX", extra="tensorboard").SummaryWriter
         purge_step = None if resume_step is None else resume_step + 1
         suffix = f".{time.time_ns()}"  # else a writer made in the same second overwrites the file
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, filename_suffix=suffix)

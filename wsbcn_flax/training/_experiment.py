@@ -1,0 +1,333 @@
+"""One object for everything that is trained, evaluated, compiled and measured."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.dynamic_scale import DynamicScale
+
+from wsbcn_flax.tasks import Batch, Task
+from wsbcn_flax.training._evaluation import Average, EvalStep, Evaluator, evaluate, make_eval_step
+from wsbcn_flax.training._loop import LoopConfig, fit
+from wsbcn_flax.training._micro_batches import BatchStatsRule, Loop, MicroBatches
+from wsbcn_flax.training._partition import Partition
+from wsbcn_flax.training._state import TrainState, init_state
+from wsbcn_flax.training._step import TrainStep, make_train_step
+from wsbcn_flax.training.checkpoints import Checkpointer
+from wsbcn_flax.training.preemption import stop_on_sigterm
+from wsbcn_flax.training.processes import is_first_process
+from wsbcn_flax.training.progress import Progress
+from wsbcn_flax.training.writers import (
+    JsonlWriter,
+    MetricWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    write_json,
+)
+
+
+class Data(Protocol):
+    """The batches that an experiment trains and is evaluated on."""
+
+    @property
+    def element_spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array of one training example, known without data."""
+        ...
+
+    def train_batches(
+        self, *, batch_size: int, seed: int, start_step: int, host_index: int, host_count: int
+    ) -> Iterator[Mapping[str, Any]]:
+        """Returns this host's share of endless batches, from a step on.
+
+        An iterator that has ``close()`` is closed.
+        """
+        ...
+
+    @property
+    def eval_size(self) -> int:
+        """Number of samples in the evaluation split."""
+        ...
+
+    def eval_batches(
+        self, *, batch_size: int, host_index: int, host_count: int
+    ) -> Iterable[Mapping[str, Any]]:
+        """Returns this host's share of the evaluation split, once through."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """Returns what prediction needs of the data, as JSON values; a run keeps them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The global batch, and its split over devices and micro-batches.
+
+    Attributes:
+        size: Number of samples in a step, over all devices.
+        micro: Number of samples in a micro-batch; one micro-batch on each device if None.
+        loop: How micro-batches run; see ``MicroBatches``.
+        batch_stats: "average" or "carry"; see ``MicroBatches``.
+        mode: How devices are used: "shard_map", "jit" or "pmap"; see ``Partition``.
+        devices: Number of devices; all if None.
+        shard_optimizer: Whether devices share out the optimizer's state; for mode "jit".
+        compiler_options: Options of XLA; not for mode "pmap".
+        evaluation: Number of samples in an evaluation batch; ``size`` if None.
+    """
+
+    size: int = 64
+    micro: int | None = None
+    loop: Loop = "vmap"
+    batch_stats: BatchStatsRule = "average"
+    mode: Literal["shard_map", "jit", "pmap"] = "shard_map"
+    devices: int | None = None
+    shard_optimizer: bool = False
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    evaluation: int | None = None
+
+    def partition(self, devices: Sequence[Any] | None = None) -> Partition:
+        """Returns the partition over ``devices``, by default the first of those that JAX finds."""
+        return Partition(
+            mode=self.mode,
+            devices=self._devices() if devices is None else devices,
+            shard_optimizer=self.shard_optimizer,
+            compiler_options=self.compiler_options,
+        )
+
+    def micro_batches(self, device_count: int) -> MicroBatches:
+        """Returns the split of the batch into micro-batches.
+
+        Raises:
+            ValueError: If the batch is not a whole number of micro-batches on every device.
+        """
+        # Under jit a micro-batch is spread over the devices; otherwise each device has its own.
+        shares = 1 if self.mode == "jit" else device_count
+        micro = self.size // shares if self.micro is None else self.micro
+        if micro < 1 or self.size % (shares * micro) or self.size % device_count:
+            raise ValueError(
+                "The batch must be a whole number of micro-batches on every device, received a "
+                f"batch of {self.size} for {device_count} devices and micro-batches of {micro}."
+            )
+        count = self.size // (shares * micro)
+        return MicroBatches(count=count, loop=self.loop, batch_stats=self.batch_stats)
+
+    def _devices(self) -> list[Any]:
+        devices = jax.devices()
+        if jax.process_count() > 1 and self.devices not in (None, len(devices)):
+            raise ValueError(
+                f"batch.devices is for one process alone: the {jax.process_count()} processes of a "
+                f"run use all their {len(devices)} devices, received {self.devices}. Leave it out."
+            )
+        if self.devices is not None and not 1 <= self.devices <= len(devices):
+            raise ValueError(
+                f"batch.devices must be from 1 to the {len(devices)} devices here, received "
+                f"{self.devices}."
+            )
+        return devices[: self.devices]
+
+
+class Program(NamedTuple):
+    """An experiment's functions for its devices; each compiles when it first runs.
+
+    Attributes:
+        partition: Devices and how they are used.
+        init: ``seed -> state``, the state before the first step, on the devices.
+        train: ``(state, batch) -> (state, metrics)``.
+        evaluate: ``(state, batch) -> outputs``.
+    """
+
+    partition: Partition
+    init: Callable[[int], TrainState]
+    train: TrainStep
+    evaluate: EvalStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A task with all that training and evaluating it takes.
+
+    Attributes:
+        task: Task to train.
+        data: Batches to train and evaluate on.
+        optimizer: Any optax transformation.
+        steps: Number of steps of the whole training.
+        batch: Global batch and its split.
+        transform: Transform params -> params of the training step; None for the identity.
+        kernel_dtype: Dtype that kernels are rounded to once a step; see ``make_train_step``.
+        loss_scale: Flax's dynamic scale for float16; None for no scaling.
+        evaluators: Makers of the evaluators.
+        seed: Seed of initialization, order, augmentation and dropout.
+    """
+
+    task: Task
+    data: Data
+    optimizer: optax.GradientTransformation
+    steps: int
+    batch: BatchConfig
+    transform: Callable[[Any], Any] | None = None
+    kernel_dtype: jax.typing.DTypeLike | None = None
+    loss_scale: DynamicScale | None = None
+    evaluators: Sequence[Callable[[], Evaluator]] = (Average,)
+    seed: int = 0
+
+    def init(self, seed: int) -> TrainState:
+        """Makes the state before the first step; ``jax.eval_shape`` gives its shapes alone."""
+        batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self._spec.items()}
+        return init_state(
+            self.task,
+            self.optimizer,
+            jax.random.key(seed),
+            batch,
+            transform=self.transform,
+            loss_scale=self.loss_scale,
+        )
+
+    def compile(self, devices: Sequence[Any] | None = None) -> Program:
+        """Makes the functions for ``devices``, by default those of ``batch``.
+
+        Raises:
+            ValueError: If devices and micro-batches do not divide the batch.
+        """
+        partition = self.batch.partition(devices)
+        train = make_train_step(
+            self.task,
+            self.optimizer,
+            transform=self.transform,
+            kernel_dtype=self.kernel_dtype,
+            micro_batches=self.batch.micro_batches(partition.mesh.size),
+            axis_name=partition.axis_name,
+            seed=self.seed,
+        )
+        init = jax.jit(self.init)
+        return Program(
+            partition,
+            lambda seed: partition.place_state(init(seed)),
+            partition.compile(train),
+            partition.compile(
+                make_eval_step(self.task, axis_name=partition.axis_name), donate_state=False
+            ),
+        )
+
+    def lower(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """Lowers the training step for ``devices``, none of which need be here, without data."""
+        spec = {
+            name: jax.ShapeDtypeStruct((self.batch.size, *x.shape), x.dtype)
+            for name, x in self._spec.items()
+        }
+        step: Any = self.compile(devices).train
+        return step.lower(jax.eval_shape(lambda: self.init(self.seed)), spec)
+
+    def batches(
+        self, partition: Partition, seed: int, start_step: int
+    ) -> Iterator[Mapping[str, jax.Array]]:
+        """Yields training batches from ``start_step`` on, placed on the devices."""
+        batches = self.data.train_batches(
+            batch_size=self.batch.size, seed=seed, start_step=start_step, **_host()
+        )
+        try:
+            yield from map(partition.place_batch, batches)
+        finally:
+            getattr(batches, "close", lambda: None)()  # Grain's iterators hold threads.
+
+    def for_evaluation(self, state: TrainState) -> TrainState:
+        """Returns the state that is evaluated and exported, such as an average over steps."""
+        return getattr(self.task, "for_evaluation", lambda state: state)(state)
+
+    def evaluate(
+        self, program: Program, state: TrainState, *, show_progress: bool = False
+    ) -> dict[str, float]:
+        """Returns the metrics of a state over the whole evaluation split."""
+        size = self.batch.size if self.batch.evaluation is None else self.batch.evaluation
+        batches = self.data.eval_batches(batch_size=size, **_host())
+        total = -(-self.data.eval_size // size)
+        with Progress("evaluate", total=total, enabled=show_progress) as progress:
+
+            def placed() -> Iterator[Batch]:
+                for number, batch in enumerate(batches, start=1):
+                    yield program.partition.place_batch(batch)
+                    progress.update(number)
+
+            return evaluate(
+                program.evaluate,
+                self.for_evaluation(state),
+                placed(),
+                transform=self.transform,
+                evaluators=self.evaluators,
+            )
+
+    def run(
+        self,
+        folder: Path | None = None,
+        *,
+        config: LoopConfig,
+        program: Program | None = None,
+        seed: int | None = None,
+        tensorboard: bool = False,
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Trains, with checkpoints and metrics in a folder, resuming from what it holds.
+
+        Args:
+            folder: Folder of the run; None to keep nothing.
+            config: Lengths and intervals.
+            program: Result of ``compile``, to compile once for many seeds.
+            seed: Seed in the place of the experiment's own.
+            tensorboard: Whether to write TensorBoard's files too.
+
+        Returns:
+            The state after the last step, and its evaluation's metrics.
+
+        Raises:
+            PreemptedError: After SIGTERM, with a checkpoint of the step it stopped at.
+        """
+        program = program or self.compile()
+        seed = self.seed if seed is None else seed
+        state = program.init(seed)
+        with contextlib.ExitStack() as stack:
+            options: dict[str, Any] = {}
+            if folder is not None:
+                options["should_stop"] = stack.enter_context(stop_on_sigterm())
+                checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints"))
+                restored = checkpointer.restore_latest(state)
+                state = state if restored is None else restored.state
+                writer = self._writer(folder, int(state.step), tensorboard=tensorboard)
+                stack.callback(writer.close)
+                options.update(checkpointer=checkpointer, writer=writer)
+            return fit(
+                program.train,
+                state,
+                functools.partial(self.batches, program.partition, seed),
+                config=config,
+                evaluate=functools.partial(
+                    self.evaluate,
+                    program,
+                    # In a log, lines of every evaluation would bury those of the training.
+                    show_progress=config.show_progress and sys.stdout.isatty(),
+                ),
+                **options,
+            )
+
+    @property
+    def _spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        return self.data.element_spec
+
+    def _writer(self, folder: Path, done: int, *, tensorboard: bool) -> MetricWriter:
+        """Writers of metrics and of the data's facts, on the first process alone."""
+        writers: list[MetricWriter] = []
+        if is_first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "data.json", dict(self.data.facts()))
+            writers.append(JsonlWriter(folder / "metrics.jsonl", resume_step=done))
+            if tensorboard:
+                writers.append(TensorBoardWriter(folder / "tensorboard", resume_step=done))
+        return MultiWriter(*writers)
+
+
+def _host() -> dict[str, int]:
+    return {"host_index": jax.process_index(), "host_count": jax.process_count()}
