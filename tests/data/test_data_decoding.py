@@ -1,4 +1,4 @@
-"""Image files to pixels: every kind of file in ImageNet, sizes, and files that are no images."""
+"""Image files to pixels: every kind of file in ImageNet, sizes, files that are no images."""
 
 import io
 import sys
@@ -8,13 +8,18 @@ import pytest
 from encoded_images import encode, smooth_image
 from PIL import Image
 
-from wsbcn_flax.data._decode import decode_rgb, import_cv2, resize
+from wsbcn_flax.data import CentralCrop, DecodeImage
+from wsbcn_flax.data._decoding import import_cv2, resize
 
 PIXELS = smooth_image(30, 44)
 
 
+def decode(content, **entries):
+    return DecodeImage().map({"image": content, **entries})["image"]
+
+
 def test_png_is_exact_and_red_comes_first():
-    decoded = decode_rgb(encode(PIXELS), name="x")
+    decoded = decode(encode(PIXELS))
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, PIXELS)
 
@@ -22,7 +27,7 @@ def test_png_is_exact_and_red_comes_first():
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
 def test_jpeg_is_what_pillow_reads(options):
     content = encode(PIXELS, "JPEG", quality=90, **options)
-    decoded = decode_rgb(content, name="x").astype(int)
+    decoded = decode(content).astype(int)
     assert np.abs(decoded - PIXELS).mean() < 4
     with Image.open(io.BytesIO(content)) as image:
         assert np.abs(decoded - np.asarray(image)).max() <= 2
@@ -30,7 +35,7 @@ def test_jpeg_is_what_pillow_reads(options):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_grey_becomes_three_equal_channels(kind):
-    decoded = decode_rgb(encode(PIXELS[..., 0], kind), name="x")
+    decoded = decode(encode(PIXELS[..., 0], kind))
     assert decoded.shape == PIXELS.shape
     assert (decoded == decoded[..., :1]).all()
     assert np.abs(decoded.astype(int) - PIXELS[..., :1]).mean() < 4
@@ -39,7 +44,7 @@ def test_grey_becomes_three_equal_channels(kind):
 def test_cmyk_and_palettes_become_rgb():
     image = Image.fromarray(PIXELS)
     for content in (encode(image.convert("CMYK"), "JPEG"), encode(image.quantize(256), "PNG")):
-        decoded = decode_rgb(content, name="x")
+        decoded = decode(content)
         assert decoded.shape == PIXELS.shape
         assert np.abs(decoded.astype(int) - PIXELS).mean() < 12
 
@@ -49,7 +54,7 @@ def test_the_orientation_of_the_camera_is_ignored():
     exif[0x0112] = 6  # rotated by a quarter turn
     rotated = encode(Image.fromarray(PIXELS), "JPEG", exif=exif)
     plain = encode(Image.fromarray(PIXELS), "JPEG")
-    np.testing.assert_array_equal(decode_rgb(rotated, name="x"), decode_rgb(plain, name="x"))
+    np.testing.assert_array_equal(decode(rotated), decode(plain))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -57,13 +62,21 @@ def test_the_orientation_of_the_camera_is_ignored():
 def test_a_part_of_an_image_is_none(kind, share):
     content = encode(PIXELS, kind)
     part = content[: int(share * len(content))]
-    with pytest.raises(ValueError, match=rf"^record 7 must be .* received {len(part)} bytes"):
-        decode_rgb(part, name="record 7")
+    with pytest.raises(ValueError, match=rf"^cat\.jpg must be .* received {len(part)} bytes"):
+        decode(part, file_name="cat.jpg")
+
+
+def test_the_other_entries_stay_and_the_file_name_goes():
+    element = {"image": encode(PIXELS), "label": 3, "file_name": b"cat.png"}
+    assert DecodeImage().map(element).keys() == {"image", "label"}
+    assert "file_name" in element
 
 
 def test_text_is_no_image():
-    with pytest.raises(ValueError, match="whole JPEG or PNG image, received 9 bytes"):
-        decode_rgb(b"not found", name="x")
+    with pytest.raises(
+        ValueError, match="the image must be a whole JPEG or PNG image, received 9 bytes"
+    ):
+        decode(b"not found")
 
 
 @pytest.mark.parametrize("size", [(15, 22), (12, 40), (29, 43)])
@@ -90,8 +103,53 @@ def test_growing_interpolates(size):
     assert np.abs(difference).mean() < 1
 
 
+def pillow_crop(pixels, image_size, resize, shift=0):
+    """torchvision's Resize and CenterCrop, by Pillow; the crop perhaps off by some pixels."""
+    height, width = pixels.shape[:2]
+    if height <= width:
+        size = (int(resize * width / height), resize)
+    else:
+        size = (resize, int(resize * height / width))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - image_size) / 2.0) + shift for side in size)
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size))).astype(int)
+
+
+@pytest.mark.parametrize(
+    "size", [(375, 500), (500, 375), (300, 300), (256, 256), (90, 150), (257, 640), (331, 256)]
+)
+def test_central_crops_are_pillows(size):
+    pixels = smooth_image(*size)
+    crop = CentralCrop().map({"image": pixels})["image"].astype(int)
+    assert crop.shape == (224, 224, 3)
+    difference = np.abs(crop - pillow_crop(pixels, 224, 256))
+    assert difference.mean() < 1
+    assert difference.max() <= 4
+    # A crop one pixel off is another one.
+    assert np.abs(crop - pillow_crop(pixels, 224, 256, shift=1)).mean() > 2 * difference.mean()
+
+
+def test_an_image_of_the_right_size_is_left_as_it_is():
+    pixels = smooth_image(32, 32)
+    crop = CentralCrop(image_size=32, resize=32).map({"image": pixels, "label": 1})
+    np.testing.assert_array_equal(crop["image"], pixels)
+    assert crop["label"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0, "resize": 8}, "image_size must be a positive"),
+        ({"image_size": 32, "resize": 31}, "at least image_size=32.* received 31"),
+    ],
+)
+def test_central_crop_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        CentralCrop(**options)
+
+
 def test_missing_opencv_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     import_cv2.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'wsbcn_flax\[jpeg\]'"):
-        decode_rgb(encode(PIXELS), name="x")
+        decode(encode(PIXELS))

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from wsbcn_flax.data import channel_statistics
-from wsbcn_flax.data._normalize import Normalizer
+from wsbcn_flax.data import Normalize, channel_statistics
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_statistics_reject(bad):
 
 def test_normalizes_every_channel_by_its_own_constants(images):
     mean, std = channel_statistics(images)
-    normalized = Normalizer(mean, std, image_shape=images.shape[1:])(images)
+    normalized = Normalize(mean, std).map({"image": images, "label": 1})["image"]
     assert normalized.dtype == np.float32
     np.testing.assert_allclose(normalized, (images / 255 - mean) / std, atol=1e-5)
     np.testing.assert_allclose(normalized.mean(axis=(0, 1, 2), dtype=np.float64), 0, atol=1e-5)
@@ -54,12 +53,19 @@ def test_normalizes_every_channel_by_its_own_constants(images):
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
-        ([0.5], [1.0, 1.0], "mean must be one finite number for each of 2 channels"),
-        ([0.5, 0.5], 1.0, "std must be one finite number"),
+        ([0.5], [1.0], "must be one number for each of 2 channels, received 1"),
+        ([0.5, 0.5], [1.0], "std must be one finite number"),
         ([0.5, np.nan], [1.0, 1.0], "mean must be one finite"),
         ([0.5, 0.5], [1.0, 0.0], "std must be positive.*constant"),
     ],
 )
-def test_normalizer_rejects(mean, std, message):
+def test_normalize_rejects(mean, std, message):
     with pytest.raises(ValueError, match=message):
-        Normalizer(mean, std, image_shape=(4, 4, 2))
+        Normalize(mean, std).map({"image": np.zeros((4, 4, 2), np.uint8)})
+
+
+@pytest.mark.parametrize("mirror", [1, -1])
+def test_one_example_is_normalized_as_in_a_batch(images, mirror):
+    normalize, images = Normalize(*channel_statistics(images)), images[:, :, ::mirror]
+    batch = normalize.map({"image": images})["image"]
+    np.testing.assert_array_equal(normalize.map({"image": images[7]})["image"], batch[7])

@@ -1,0 +1,114 @@
+"""Encoded images to pixels, and pixels to another size, by OpenCV."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from wsbcn_flax._extras import require
+from wsbcn_flax.data._sources import file_name
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeImage:
+    """Decodes the image file in an example, grey ones to three equal channels.
+
+    It decodes every format that OpenCV knows. The orientation that a camera noted is ignored, as
+    the datasets' own readers do. An entry ``"file_name"`` serves the error message and is dropped.
+
+    Raises:
+        ImportError: While mapping, if OpenCV is not installed; names the extra.
+        ValueError: While mapping, if the content is no image, or not a whole one.
+
+    Example:
+        One image file, prepared exactly as for evaluation:
+
+        >>> import io
+        >>> from PIL import Image
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (500, 375), "red").save(file, "PNG")
+        >>> example = {"image": file.getvalue(), "file_name": "red.png"}
+        >>> for transform in (DecodeImage(), CentralCrop()):
+        ...     example = transform.map(example)
+        >>> example["image"].shape, example["image"][0, 0].tolist()
+        ((224, 224, 3), [255, 0, 0])
+    """
+
+    def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
+        """Decodes ``element["image"]``, bytes, to uint8 ``[H, W, 3]``, red first."""
+        cv2 = import_cv2()
+        content = element["image"]
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        # OpenCV asserts that there are bytes, and returns None for what it cannot decode.
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+        if pixels is None:
+            raise ValueError(
+                f"{file_name(element, 'the image')} must be a whole JPEG or PNG image, received "
+                f"{len(content)} bytes that do not decode; fetch it again"
+            )
+        return {key: element[key] for key in element if key != "file_name"} | {"image": pixels}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CentralCrop:
+    """The crop that ImageNet networks are evaluated on.
+
+    The shorter side is resized to ``resize``, the longer in proportion (rounded down), and the
+    central square of ``image_size`` is taken.
+
+    Attributes:
+        image_size: Side of the square, in pixels.
+        resize: Shorter side of the resized image, in pixels.
+
+    Raises:
+        ValueError: Unless ``1 <= image_size <= resize``.
+    """
+
+    image_size: int = 224
+    resize: int = 256
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size)
+        if self.resize < self.image_size:
+            raise ValueError(
+                f"resize must be at least image_size={self.image_size}, or the crop would leave "
+                f"the image; received {self.resize}"
+            )
+
+    def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
+        """Crops ``element["image"]``, uint8 ``[H, W, 3]``, to ``[image_size, image_size, 3]``."""
+        image, size = element["image"], self.image_size
+        shorter = min(image.shape[:2])
+        height, width = (side * self.resize // shorter for side in image.shape[:2])
+        top, left = central_box(size, size, of=(height, width))
+        resized = resize(image, height, width)
+        return {**element, "image": resized[top : top + size, left : left + size]}
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 ``[h, w, channels]``, averaging areas or, to grow, interpolating linearly."""
+    cv2 = import_cv2()
+    shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(pixels, (width, height), interpolation=method)
+
+
+def central_box(height: int, width: int, *, of: tuple[int, int]) -> tuple[int, int]:
+    """Returns top and left of a box in the middle of an image, rounded as torchvision does."""
+    return round((of[0] - height) / 2), round((of[1] - width) / 2)
+
+
+def check_image_size(image_size: int) -> None:
+    """Raises ValueError unless a side is positive."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be a positive number of pixels, received {image_size}")
+
+
+@functools.cache
+def import_cv2() -> Any:
+    """Imports OpenCV with its own threading disabled: images are decoded in several threads."""
+    cv2 = require("cv2", extra="jpeg")
+    cv2.setNumThreads(0)
+    return cv2
