@@ -1,1 +1,6 @@
-"""Commands: train, compare and measure."""
+"""Commands: train, compare and measure. They need the extra ``train``."""
+
+from wsbcn_flax._extras import require
+
+for _module in ("tyro", "rich"):
+    require(_module, extra="train")

@@ -1,4 +1,4 @@
-"""From a recipe's configuration to a model and the transform of its parameters."""
+"""Networks, normalizations and transforms by the names that recipes give them."""
 
 import functools
 import inspect
@@ -8,10 +8,9 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.training.dynamic_scale import DynamicScale
 
 from experiments._baselines import BarrierBatchNorm, NaiveBatchChannelNorm, NoNorm
-from experiments._config import ModelConfig, NormConfig, Recipe, WeightConfig
+from experiments._recipe import ModelConfig, NormConfig, Recipe, WeightConfig
 from wsbcn_flax import BatchChannelNorm, WeightStandardization, models
 from wsbcn_flax.transforms import ConvolutionKernel, normalized_convolutions
 
@@ -38,11 +37,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[..., nn.Module]:
-    """The normalization a configuration names, to inject into a model.
+    """Makes the normalization that a configuration names, to inject into a model.
 
     Args:
-        config: names it.
-        axis_name: the device axis that synced statistics are averaged over.
+        config: Configuration of the normalization.
+        axis_name: Device axis that synced statistics are averaged over.
     """
     batch = {"momentum": 1 - config.rate, "epsilon": 1e-5}
     match config.kind:
@@ -74,46 +73,40 @@ def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[.
 
 
 def make_transform(
-    config: WeightConfig,
-    *,
-    model: nn.Module | None = None,
-    image_shape: tuple[int, int, int] = (32, 32, 3),
+    config: WeightConfig, *, model: nn.Module, images: jax.ShapeDtypeStruct
 ) -> WeightStandardization | None:
-    """Makes the parameter transform a configuration names.
+    """Makes the parameter transform that a configuration names.
 
     Args:
         config: Configuration of the transform.
         model: Network to transform. It is traced to find the convolutions that a normalization
-            follows. Without it, they are guessed from the names of the parameters.
-        image_shape: Shape [H, W, C] of an image that the network takes.
+            follows.
+        images: Shape and dtype of images that the network takes.
     """
     if config.kind == "none":
         return None
     # The convolutions are the same with any normalization and dtype; LayerNorm is quick to trace.
-    plain = None if model is None else model.clone(norm=nn.LayerNorm, dtype=None)
-    where = None if plain is None else _convolutions(plain, image_shape)
+    where = _convolutions(model.clone(norm=nn.LayerNorm, dtype=None), images.shape)
     preset = config.preset if config.kind == "ws" else config.kind
     return WeightStandardization(preset=preset, where=where)
 
 
 @functools.lru_cache(maxsize=64)
-def _convolutions(
-    model: nn.Module, image_shape: tuple[int, int, int]
-) -> tuple[ConvolutionKernel, ...]:
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+def _convolutions(model: nn.Module, shape: tuple[int, ...]) -> tuple[ConvolutionKernel, ...]:
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     return normalized_convolutions(model, images, train=False)
 
 
 def make_model(recipe: Recipe, *, num_classes: int, axis_name: str | None = None) -> nn.Module:
-    """A plain network with the recipe's normalization; kernels are the transform's business.
+    """Makes a recipe's network with its normalization and plain convolutions.
 
     Args:
-        recipe: what to build.
-        num_classes: features of the head.
-        axis_name: the device axis that synced statistics are averaged over.
+        recipe: Recipe of the network.
+        num_classes: Number of features of the head.
+        axis_name: Device axis that synced statistics are averaged over.
 
     Raises:
-        ValueError: for an unknown network, or an option that it does not have.
+        ValueError: For an unknown network, or an option that it does not have.
     """
     model = _find(recipe.model)
     return model(
@@ -122,11 +115,6 @@ def make_model(recipe: Recipe, *, num_classes: int, axis_name: str | None = None
         dtype=jnp.dtype(recipe.model.dtype),
         **_own_options(recipe.model, model),
     )
-
-
-def make_loss_scale(config: ModelConfig) -> DynamicScale | None:
-    """What float16 needs, and wider dtypes do not."""
-    return DynamicScale() if config.dtype == "float16" else None
 
 
 def _find(config: ModelConfig) -> Callable[..., nn.Module]:

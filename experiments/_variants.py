@@ -5,21 +5,21 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from experiments._config import Baseline, Norm, Recipe, Weight, WeightConfig
+from experiments._recipe import Baseline, Dtype, Norm, Recipe, Weight, WeightConfig
 
 _KINDS: tuple[str, ...] = (*typing.get_args(Norm), *typing.get_args(Baseline))
 _WEIGHTS: tuple[str, ...] = typing.get_args(Weight)[1:]
 
 
 def with_norm(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with the normalization and the weights that ``name`` says, and no others.
+    """Returns the recipe with the normalization and the weights that ``name`` says.
 
     Args:
-        recipe: keeps all else, the number of groups and the convention of WS among it.
-        name: {norm}[_synced][_{weight}], such as bn, bn_synced, naive_bcn or gn_ws.
+        recipe: Recipe that all else is kept of, the number of groups and the preset of WS too.
+        name: Name {norm}[_synced][_{weight}], such as bn, bn_synced, naive_bcn or gn_ws.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: For an unknown name.
     """
     rest, _, weight = name.rpartition("_")
     rest, weight = (rest, weight) if weight in _WEIGHTS else (name, "none")
@@ -37,7 +37,7 @@ def with_norm(recipe: Recipe, name: str) -> Recipe:
 
 
 def norm_name(recipe: Recipe) -> str:
-    """The normalization with its weights, as in the recipe's name: bcn_ws."""
+    """Returns the normalization with its weights, as in the recipe's name: bcn_ws."""
     weight = "" if recipe.weight.kind == "none" else f"_{recipe.weight.kind}"
     return f"{recipe.norm.kind}{weight}"
 
@@ -49,17 +49,17 @@ def for_devices(
     per_device_batch: int,
     micro: int | None = None,
     mode: Literal["shard_map", "jit"] = "shard_map",
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
 ) -> Recipe:
-    """The recipe for the devices its step will be compiled for, which need not be this machine's.
+    """Returns the recipe for devices that its step is compiled for; none need be here.
 
     Args:
-        recipe: keeps all else.
-        devices: how many there are counts.
-        per_device_batch: images on each.
-        micro: images in a micro-batch; the device's whole batch if None.
-        mode: how devices are used.
-        dtype: of the computation.
+        recipe: Recipe that all else is kept of.
+        devices: Devices, of which the number counts.
+        per_device_batch: Number of images on each.
+        micro: Number of images in a micro-batch; the device's whole batch if None.
+        mode: How devices are used.
+        dtype: Computation dtype.
     """
     batch = dataclasses.replace(
         recipe.batch,

@@ -7,43 +7,45 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import rich
 import tyro
+from rich.table import Table
 
 from experiments._command import run_command
-from experiments._config import Recipe
-from experiments._figure import draw, require_matplotlib
-from experiments._files import write_json
-from experiments._recipes import get_recipe
-from experiments._results import Result, summary_table
-from experiments._run import Run
-from wsbcn_flax.training import LoopConfig, Progress
+from experiments._figures import draw_bars, require_matplotlib
+from experiments._recipe import Recipe
+from experiments._tables import table
+from experiments.recipes import get_recipe
+from wsbcn_flax.training import LoopConfig
+from wsbcn_flax.training.progress import Progress
+from wsbcn_flax.training.writers import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What to compare.
+    """Compares normalizations over micro-batch sizes.
 
     Attributes:
-        data: the recipes' data.
-        model: the recipes' network.
-        norms: rows of the table, {norm}[_{weight}] as in a recipe's name.
-        micro_batches: columns: images normalized together; each divides the batch.
-        seeds: a run for each.
-        epochs: length of a run; the recipe's own if None.
-        out: folder for results.json and figure.png.
-        figure: whether to draw the figure (needs the extra "plots").
+        data: Dataset of the recipes.
+        model: Network of the recipes.
+        norms: Rows of the table, {norm}[_{weight}] as in a recipe's name.
+        micro_batches: Columns of the table: images normalized together; each divides the batch.
+        seeds: Seeds; one run for each.
+        epochs: Length of a run; the recipe's own if None.
+        out: Folder for results.json and figure.png.
+        figure: Whether to draw the figure (needs the extra "plots").
     """
 
     data: str = "mnist5k"
     model: str = "resnet8"
     norms: tuple[str, ...] = ("bn", "gn", "gn_ws", "bcn_ws")
     micro_batches: tuple[int, ...] = (1, 2, 64)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0,)
     epochs: float | None = None
     out: Path = Path("runs/compare")
     figure: bool = True
@@ -54,17 +56,35 @@ class CompareOptions:
                 raise ValueError(f"{name} must name at least one, received none.")
 
 
+class Result(NamedTuple):
+    """The end of one run: the error is a fraction of the test set."""
+
+    norm: str
+    micro_batch: int
+    seed: int
+    test_error: float
+    test_loss: float
+
+
+class Spread(NamedTuple):
+    """Test error in percent over seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    return run_command(lambda: compare(tyro.cli(CompareOptions, args=argv, prog="compare")))
+    return run_command(lambda argv: compare(tyro.cli(CompareOptions, args=argv)), argv)
 
 
 def compare(options: CompareOptions) -> list[Result]:
     """Runs every combination and writes the table, the JSON and the figure.
 
     Raises:
-        ValueError: for an unknown recipe or a micro-batch size that does not divide the batch.
-        ImportError: for a figure without matplotlib; before anything runs.
+        ValueError: For an unknown recipe or a micro-batch size that does not divide the batch.
+        ImportError: For a figure without matplotlib; before anything runs.
     """
     started = time.monotonic()
     # Everything that can fail fails before the first run.
@@ -75,23 +95,46 @@ def compare(options: CompareOptions) -> list[Result]:
     ]
     if options.figure:
         require_matplotlib()
+    data = cells[0][2].load_data()
     options.out.mkdir(parents=True, exist_ok=True)
 
     results: list[Result] = []
-    total = len(cells) * len(options.seeds)
-    with Progress("compare", total=total) as progress:
+    with Progress("compare", total=len(cells) * len(options.seeds)) as progress:
         for norm, size, recipe in cells:
-            for result in _run_seeds(norm, size, recipe, options.seeds):
-                results.append(result)
-                progress.update(len(results), {f"{norm}@{size} error": result.test_error})
+            progress.note(f"compiling {norm}, micro-batch {size}")
+            experiment = recipe.experiment(data)
+            program = experiment.compile()
+            config = LoopConfig(steps=experiment.steps, show_progress=sys.stdout.isatty())
+            for seed in options.seeds:
+                _, metrics = experiment.run(config=config, program=program, seed=seed)
+                error, loss = metrics["eval_error"], metrics["eval_loss"]
+                results.append(Result(norm, size, seed, error, loss))
+                progress.update(len(results), {f"{norm}@{size} error": error})
                 _write_json(options, results)
     title = f"{options.data}, {options.model}: test error %, {len(options.seeds)} seeds"
-    rich.print(summary_table(results, title=f"{title}, mean \\[min, max]"))
+    rich.print(_table(options, results, title=f"{title}, mean [min, max]"))
     if options.figure:
-        draw(results, options.out / "figure.png", title=title)
+        lines = {
+            display_name(norm): [
+                (size, *spread(results, norm, size)) for size in sorted(options.micro_batches)
+            ]
+            for norm in options.norms
+        }
+        draw_bars(lines, options.out / "figure.png", title=title)
     minutes = (time.monotonic() - started) / 60
     rich.print(f"{len(results)} runs in {minutes:.1f} minutes; written to {options.out}/")
     return results
+
+
+def spread(results: Sequence[Result], norm: str, micro_batch: int) -> Spread:
+    """Returns mean, minimum and maximum test error of one cell of the comparison, in percent."""
+    errors = [100 * r.test_error for r in results if (r.norm, r.micro_batch) == (norm, micro_batch)]
+    return Spread(sum(errors) / len(errors), min(errors), max(errors))
+
+
+def display_name(norm: str) -> str:
+    """Returns ``bcn_ws`` as people write it: BCN+WS."""
+    return norm.replace("_", "+").upper()
 
 
 def _recipe(options: CompareOptions, norm: str, micro_batch: int) -> Recipe:
@@ -106,18 +149,21 @@ def _recipe(options: CompareOptions, norm: str, micro_batch: int) -> Recipe:
     return dataclasses.replace(recipe, batch=batch, epochs=epochs)
 
 
-def _run_seeds(
-    norm: str, micro_batch: int, recipe: Recipe, seeds: tuple[int, ...]
-) -> Iterator[Result]:
-    """One run for each seed, all with the same compiled step."""
-    run = Run.build(recipe)
-    config = LoopConfig(steps=run.steps, show_progress=sys.stdout.isatty())
-    for seed in seeds:
-        _, metrics = run.fit(config, seed=seed)
-        yield Result(norm, micro_batch, seed, metrics["eval_error"], metrics["eval_loss"])
+def _table(options: CompareOptions, results: Sequence[Result], *, title: str) -> Table:
+    rows = []
+    for norm in options.norms:
+        cells = {size: spread(results, norm, size) for size in sorted(options.micro_batches)}
+        rows.append(
+            {"normalization": display_name(norm)}
+            | {
+                f"micro-batch {size}": f"{cell.mean:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
+                for size, cell in cells.items()
+            }
+        )
+    return table(title, rows)
 
 
-def _write_json(options: CompareOptions, results: list[Result]) -> None:
+def _write_json(options: CompareOptions, results: Sequence[Result]) -> None:
     document = {
         "options": {**dataclasses.asdict(options), "out": str(options.out)},
         "jax": jax.__version__,

@@ -17,11 +17,13 @@ import rich
 import tyro
 
 from experiments._command import run_command
-from experiments._config import Recipe
+from experiments._image_data import SIZES, Facts
+from experiments._model_file import TrainedModel, load_model
 from experiments._models import MODELS
-from experiments._packaged import Packaged, from_run
-from experiments._recipes import get_recipe
+from experiments._recipe import Recipe
+from experiments.recipes import get_recipe
 from wsbcn_flax import models
+from wsbcn_flax._extras import require
 from wsbcn_flax.data import IMAGENET_STATISTICS
 from wsbcn_flax.transforms import (
     checkpoint_names,
@@ -33,12 +35,12 @@ from wsbcn_flax.transforms import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Output:
-    """What to write.
+    """Writes a trained model as one file.
 
     Attributes:
-        source: what to convert.
-        out: the file to write.
-        fold: whether kernels are standardized once and for all, leaving a plain network.
+        source: File or folder to convert.
+        out: File to write.
+        fold: Whether kernels are standardized once and for all, leaving a plain network.
         format: "safetensors", or "jax" for a serialized program (always folded).
     """
 
@@ -53,9 +55,9 @@ class Authors(_Output):
     """Converts a PyTorch checkpoint of the authors', or of torchvision's ResNets.
 
     Attributes:
-        name: of the architecture, such as R-50-GN-WS; by default the file's name, or else what
-            the keys tell.
-        class_names: a file of one class a line; by default ImageNet's synsets.
+        name: Name of the architecture, such as R-50-GN-WS. By default it is the file's name, or
+            follows from the keys.
+        class_names: File of one class a line; ImageNet's synsets by default.
     """
 
     name: str | None = None
@@ -73,57 +75,58 @@ def main(argv: list[str]) -> int:
         Annotated[Authors, tyro.conf.subcommand("authors")]
         | Annotated[Run, tyro.conf.subcommand("run")]
     )
-    return run_command(lambda: _convert(tyro.cli(kinds, args=argv, prog="convert")))
+    return run_command(lambda argv: _convert(tyro.cli(kinds, args=argv)), argv)
 
 
 def _convert(options: Authors | Run) -> None:
     if isinstance(options, Run):
-        packaged = from_run(options.source)
+        if not options.source.is_dir():
+            raise ValueError(f"run needs the folder of a run, received {options.source}.")
+        model = load_model(options.source)
     else:
         state_dict = read_state_dict(options.source)
         name = options.name or _name(options.source, state_dict)
-        packaged = package_checkpoint(state_dict, name, class_names=_class_names(options))
+        model = model_of_checkpoint(state_dict, name, class_names=_class_names(options))
     if options.fold:
-        packaged = packaged.folded()
+        model = model.folded()
     if options.format == "jax":
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(serialize(packaged))
+        options.out.write_bytes(serialize(model))
     else:
-        packaged.save(options.out)
+        model.save(options.out)
     size = options.out.stat().st_size / 2**20
-    count = sum(x.size for x in jax.tree.leaves(packaged.variables["params"]))
-    rich.print(f"{options.out}: {packaged.recipe.model.name}, {count:,} parameters, {size:.1f} MiB")
+    count = sum(x.size for x in jax.tree.leaves(model.variables["params"]))
+    rich.print(f"{options.out}: {model.recipe.model.name}, {count:,} parameters, {size:.1f} MiB")
 
 
-def package_checkpoint(
+def model_of_checkpoint(
     state_dict: Mapping[str, np.ndarray], name: str, *, class_names: tuple[str, ...]
-) -> Packaged:
-    """A PyTorch checkpoint of a published architecture, as the recipe's model of this package."""
-    variables = import_checkpoint(state_dict, name)
-    return Packaged(
-        recipe=_recipe(name),
-        variables=variables,
+) -> TrainedModel:
+    """Returns the trained model that a PyTorch checkpoint of a published architecture holds."""
+    sizes, statistics = SIZES["imagenet"], IMAGENET_STATISTICS
+    facts = Facts(
+        train_size=sizes.train_size,
         class_names=class_names,
-        image_shape=(224, 224, 3),
-        mean=tuple(IMAGENET_STATISTICS.mean.tolist()),
-        std=tuple(IMAGENET_STATISTICS.std.tolist()),
+        image_shape=sizes.image_shape,
+        mean=tuple(statistics.mean.tolist()),
+        std=tuple(statistics.std.tolist()),
+    )
+    return TrainedModel(
+        recipe=_recipe(name),
+        facts=dataclasses.asdict(facts),
+        variables=import_checkpoint(state_dict, name),
     )
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a PyTorch checkpoint, which may hold them under ``state_dict``.
+    """Reads the arrays of a PyTorch checkpoint, which may hold them under ``state_dict``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ImportError: without PyTorch.
-        ValueError: if it is no checkpoint of tensors; nothing else in it is ever executed.
+        FileNotFoundError: If there is no such file.
+        ImportError: Without PyTorch; names the extra.
+        ValueError: If it is no checkpoint of tensors; nothing else in it is ever executed.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            "PyTorch's checkpoints are read with PyTorch: pip install 'wsbcn_flax[torch]'."
-        ) from error
+    torch = require("torch", extra="torch")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
@@ -141,21 +144,16 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def serialize(packaged: Packaged) -> bytes:
-    """The model as a program from uint8 images [b, H, W, C], b any size, to logits.
+def serialize(model: TrainedModel) -> bytes:
+    """Returns the program from raw inputs [b, ...], b any size, to outputs.
 
     ``jax.export.deserialize`` reads it back, without this package.
     """
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "jax.export serializes with flatbuffers: pip install 'wsbcn_flax[convert]'."
-        ) from error
+    require("flatbuffers", extra="convert")
     (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *packaged.image_shape), np.uint8)
-    program = jax.jit(packaged.logits_fn())
-    exported = jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(images)
+    inputs = model.recipe.raw_inputs(model.data, batch)
+    program = jax.jit(model.predict_fn())
+    exported = jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(inputs)
     return bytes(exported.serialize())
 
 

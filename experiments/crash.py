@@ -18,25 +18,27 @@ import jax
 import numpy as np
 import rich
 import tyro
-from rich.table import Table
 
-from experiments._config import Recipe
-from experiments._recipes import get_recipe
-from experiments._run import Run
-from wsbcn_flax.training import Checkpointer, Progress
+from experiments._command import run_command
+from experiments._recipe import Recipe
+from experiments._tables import table
+from experiments.recipes import get_recipe
+from wsbcn_flax.training import Checkpointer
+from wsbcn_flax.training.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrashOptions:
-    """What to kill, and how often.
+    """Kills a training at random moments and compares its end with an undisturbed one's.
 
     Attributes:
-        recipe: name of a recipe.
-        kills: how many times the training is killed.
-        epochs: length of training.
-        checkpoint_every: steps between checkpoints.
-        devices: that the training simulates on the CPU; those that JAX finds if None.
-        seed: of the moments.
+        recipe: Name of a recipe.
+        kills: Number of times that the training is killed.
+        epochs: Length of training.
+        checkpoint_every: Number of steps between checkpoints.
+        devices: Number of devices that the training simulates on the CPU; those that JAX finds if
+            None.
+        seed: Seed of the moments.
     """
 
     recipe: tyro.conf.Positional[str] = "mnist5k_resnet8_bcn_ws"
@@ -49,14 +51,14 @@ class CrashOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CrashReport:
-    """What the comparison found.
+    """Result of the comparison.
 
     Attributes:
-        killed_at: the last step recorded at each kill; fewer than asked for if it ended before.
-        lost: how many of the recorded steps the newest checkpoint did not hold, at each kill.
-        differing: paths of the leaves of the final states that are not equal bit for bit.
-        same_metrics: whether the two metric files are equal.
-        leaves: how many arrays were compared.
+        killed_at: Last step recorded at each kill; fewer than asked for if training ended before.
+        lost: Number of recorded steps that the newest checkpoint did not hold, at each kill.
+        differing: Paths of the leaves of the final states that are not equal bit for bit.
+        same_metrics: Whether the two metric files are equal.
+        leaves: Number of arrays that were compared.
     """
 
     killed_at: tuple[int, ...]
@@ -163,35 +165,36 @@ def _newest_checkpoint(folder: Path) -> int:
 
 
 def _final_leaves(recipe: Recipe, folder: Path) -> dict[str, np.ndarray]:
-    run = Run.build(recipe)
+    experiment = recipe.experiment(recipe.load_data())
     with Checkpointer(folder / "checkpoints") as checkpointer:
-        restored = checkpointer.restore(run.steps, run.initial_state(recipe.seed))
+        template = jax.eval_shape(lambda: experiment.init(recipe.seed))
+        restored = checkpointer.restore(experiment.steps, template)
     leaves = jax.tree_util.tree_leaves_with_path(restored.state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 0 if the two ends are equal bit for bit."""
+    return run_command(_crash, argv)
+
+
+def _crash(argv: list[str]) -> None:
     options = tyro.cli(CrashOptions, args=argv, prog="crash")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = crash(options, Path(folder))
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    table = Table(title=f"{options.recipe}, killed {len(report.killed_at)} times")
-    table.add_column("what")
-    table.add_column("result", justify="right")
-    table.add_row("last step recorded at each kill", ", ".join(map(str, report.killed_at)))
-    table.add_row("most steps lost at a kill", str(max(report.lost, default=0)))
-    table.add_row("arrays of the final state compared", str(report.leaves))
-    table.add_row("arrays that differ in any bit", str(len(report.differing)))
-    table.add_row("metrics.jsonl equal", "yes" if report.same_metrics else "no")
-    rich.print(table)
+    with tempfile.TemporaryDirectory() as folder:
+        report = crash(options, Path(folder))
+    results = {
+        "last step recorded at each kill": ", ".join(map(str, report.killed_at)),
+        "most steps lost at a kill": str(max(report.lost, default=0)),
+        "arrays of the final state compared": str(report.leaves),
+        "arrays that differ in any bit": str(len(report.differing)),
+        "metrics.jsonl equal": "yes" if report.same_metrics else "no",
+    }
+    rows = [{"what": name, "result": result} for name, result in results.items()]
+    rich.print(table(f"{options.recipe}, killed {len(report.killed_at)} times", rows))
     if len(report.killed_at) < options.kills:
-        print("The training ended before all its kills; lengthen it: --epochs.", file=sys.stderr)
-        return 1
-    return 1 if report.differing or not report.same_metrics else 0
+        raise RuntimeError("The training ended before all its kills; lengthen it: --epochs.")
+    if report.differing or not report.same_metrics:
+        raise RuntimeError("The killed training did not end as the undisturbed one.")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,30 @@
-"""Top-1 and top-5 error of a trained model: `python -m experiments.evaluate MODEL`."""
+"""Metrics of a trained model, such as top-1 error: `python -m experiments.evaluate MODEL`."""
 
 import dataclasses
 import sys
 from pathlib import Path
 
+import jax
 import rich
 import tyro
 
 from experiments._command import run_command
-from experiments._data import load_dataset
-from experiments._files import write_json
-from experiments._packaged import Packaged, load_model
-from experiments._results import metric_table
-from wsbcn_flax.training import Partition, Progress, evaluate, make_eval_step
+from experiments._model_file import TrainedModel, load_model
+from experiments._tables import metric_table
+from wsbcn_flax.training import BatchConfig
+from wsbcn_flax.training.writers import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What to evaluate, and on what.
+    """Evaluates a trained model on a split of its dataset.
 
     Attributes:
-        model: a run's folder, or a file that `experiments.convert` wrote.
-        split: in tfds's syntax; that of the model's recipe if None.
-        data_dir: folder of prepared data sets; that of the model's recipe if None.
-        batch_size: images at once on each device.
-        json: file to write the metrics to.
+        model: Folder of a run, or a file that `experiments.convert` wrote.
+        split: Split in the syntax of tensorflow-datasets; that of the model's recipe if None.
+        data_dir: Folder of datasets; that of the model's recipe if None.
+        batch_size: Number of samples at once on each device.
+        json: File to write the metrics to.
     """
 
     model: tyro.conf.Positional[Path]
@@ -36,43 +36,34 @@ class EvaluateOptions:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    return run_command(lambda: _evaluate(tyro.cli(EvaluateOptions, args=argv, prog="evaluate")))
+    return run_command(_evaluate, argv)
 
 
-def _evaluate(options: EvaluateOptions) -> None:
+def _evaluate(argv: list[str]) -> None:
+    options = tyro.cli(EvaluateOptions, args=argv, prog="evaluate")
     metrics = evaluate_model(load_model(options.model), options)
     rich.print(metric_table(f"{options.model}", metrics))
     if options.json is not None:
         write_json(options.json, metrics)
 
 
-def evaluate_model(packaged: Packaged, options: EvaluateOptions) -> dict[str, float]:
-    """Loss and errors over the whole split.
+def evaluate_model(model: TrainedModel, options: EvaluateOptions) -> dict[str, float]:
+    """Returns the metrics over the whole split.
 
     Raises:
-        ValueError: for data whose classes are not the model's.
+        ValueError: For data whose classes are not the model's.
     """
     changes = {"eval_split": options.split, "data_dir": options.data_dir}
     given = {name: value for name, value in changes.items() if value is not None}
-    dataset = load_dataset(dataclasses.replace(packaged.recipe.data, **given))
-    if dataset.eval_split.num_classes != len(packaged.class_names):
-        raise ValueError(
-            f"The model's classes must be the data set's, received {len(packaged.class_names)} and "
-            f"{dataset.eval_split.num_classes}."
-        )
-    partition = Partition(mode="jit")
-    step = partition.compile(make_eval_step(packaged.task), donate_state=False)
-    size = options.batch_size * partition.mesh.size
-    state = partition.place_state(packaged.state)
-    total = -(-len(dataset.eval_split) // size)
-
-    def batches(progress):
-        for number, batch in enumerate(dataset.eval_batches(batch_size=size), start=1):
-            yield partition.place_batch(batch)
-            progress.update(number, {})
-
-    with Progress("evaluate", total=total) as progress:
-        return evaluate(step, state, batches(progress), transform=packaged.transform)
+    recipe = dataclasses.replace(
+        model.recipe,
+        data=dataclasses.replace(model.recipe.data, **given),
+        batch=BatchConfig(size=options.batch_size * jax.device_count(), mode="jit"),
+    )
+    experiment = dataclasses.replace(model, recipe=recipe).experiment
+    program = experiment.compile()
+    state = program.partition.place_state(model.state)
+    return experiment.evaluate(program, state, show_progress=True)
 
 
 if __name__ == "__main__":

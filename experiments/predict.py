@@ -1,90 +1,54 @@
-"""Classes of image files: `python -m experiments.predict MODEL IMAGE [IMAGE ...]`."""
+"""Predictions for files: `python -m experiments.predict MODEL IMAGE [IMAGE ...]`."""
 
 import dataclasses
-import io
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import rich
 import tyro
-from rich.table import Table
 
 from experiments._command import run_command
-from experiments._packaged import Packaged, load_model
-from wsbcn_flax.data import eval_crop
+from experiments._model_file import load_model
+from experiments._tables import table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """What to classify, and with what.
+    """Applies a trained model to files.
 
     Attributes:
-        model: a run's folder, or a file that `experiments.convert` wrote.
-        images: image files, prepared as evaluation prepares them.
-        top: how many classes to show for each image.
+        model: Folder of a run, or a file that `experiments.convert` wrote.
+        files: Image files; they are prepared as evaluation prepares them.
+        top: Number of predictions to show for each file.
     """
 
     model: tyro.conf.Positional[Path]
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    files: tyro.conf.Positional[tuple[Path, ...]]
     top: int = 5
 
     def __post_init__(self):
-        if not self.images or self.top < 1:
-            raise ValueError("predict needs an image file and at least one class to show.")
+        if not self.files or self.top < 1:
+            raise ValueError("predict needs a file and at least one prediction to show.")
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    return run_command(lambda: _predict(tyro.cli(PredictOptions, args=argv, prog="predict")))
+    return run_command(_predict, argv)
 
 
-def _predict(options: PredictOptions) -> None:
-    packaged = load_model(options.model)
-    images = np.stack([read_image(path, packaged) for path in options.images])
-    rich.print(_table(options, packaged.class_names, predict(packaged, images)))
-
-
-def read_image(path: Path, packaged: Packaged) -> np.ndarray:
-    """Uint8 [H, W, C] as the model takes it: cropped as in evaluation, or resized.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no image.
-    """
-    content = path.read_bytes()
-    data = packaged.recipe.data
-    if data.name == "imagenet":
-        return eval_crop(content, image_size=data.image_size, resize=data.resize, name=str(path))
-    from PIL import Image, UnidentifiedImageError
-
-    height, width, channels = packaged.image_shape
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} must be an image file, PNG or JPEG, and is none.") from error
-    return np.asarray(resized).reshape(packaged.image_shape)
-
-
-def predict(packaged: Packaged, images: np.ndarray) -> np.ndarray:
-    """Probabilities [B, classes] of uint8 images [B, H, W, C]."""
-    logits = packaged.logits_fn()
-    return np.asarray(jax.jit(lambda x: jax.nn.softmax(logits(x)))(images))
-
-
-def _table(options: PredictOptions, names: tuple[str, ...], probabilities: Any) -> Table:
-    table = Table(title=str(options.model))
-    for column in ("image", "class"):
-        table.add_column(column)
-    table.add_column("probability", justify="right")
-    for path, row in zip(options.images, probabilities, strict=True):
-        for rank, index in enumerate(np.argsort(-row)[: options.top]):
-            table.add_row("" if rank else path.name, names[index], f"{row[index]:.3f}")
-        table.add_section()
-    return table
+def _predict(argv: list[str]) -> None:
+    options = tyro.cli(PredictOptions, args=argv, prog="predict")
+    model = load_model(options.model)
+    inputs = np.stack([model.recipe.read_input(path, model.data) for path in options.files])
+    outputs = jax.device_get(jax.jit(model.predict_fn())(inputs))
+    rows = [
+        {"file": path.name} | row
+        for path, output in zip(options.files, outputs, strict=True)
+        for row in model.recipe.describe_output(output, model.data, top=options.top)
+    ]
+    rich.print(table(f"{options.model}", rows))
 
 
 if __name__ == "__main__":

@@ -1,60 +1,59 @@
 """Trains a recipe: `python -m experiments.train RECIPE [--a.b VALUE ...]`."""
 
 import dataclasses
-import inspect
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import rich
 import tyro
 
+from experiments import recipes
 from experiments._command import run_command
-from experiments._config import Recipe
-from experiments._files import write_json
-from experiments._published import PUBLISHED
-from experiments._recipes import get_recipe, recipe_names
-from experiments._results import metric_table
-from experiments._run import Run
-from wsbcn_flax.training import (
-    LoopConfig,
+from experiments._recipe import Recipe
+from experiments._tables import metric_table
+from wsbcn_flax.training import LoopConfig
+from wsbcn_flax.training.processes import (
     is_first_process,
     join_processes,
     leave,
     on_first_process,
 )
+from wsbcn_flax.training.writers import write_json
 
 _USAGE = """\
 usage: python -m experiments.train RECIPE [--a.b VALUE ...]
 
 Trains, evaluates, checkpoints and resumes. `RECIPE --help` lists the options.
 Exit status: 0 trained to the end, 1 error, 2 usage, 75 stopped by SIGTERM with a checkpoint (the
-same command resumes). If another process of the run died: 1, or 134 by an abort.
+same command resumes). If another process of the run died: 1, or 134 by an abort. `--pdb` opens the
+debugger at an error.
 
-Recipes of published results, whose `--help` tells the error to expect and the cost:
-{published}
+A recipe is named {{data}}_{{model}}_{{norm}}[_{{weight}}]:
+  {names}
 
-All others, {{data}}_{{model}}_{{norm}}[_{{weight}}]:
-{rest}"""
+Recipes of published results, with the error to expect:
+  {published}
+
+For example mnist5k_resnet8_bcn_ws, fashion_resnet20_gn_ws, imagenet_resnet50_bcn_ws."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Where a run goes and how often it reports.
+    """Trains a recipe in a folder.
 
     Attributes:
-        recipe: what to run.
-        out: the run's folder, runs/RECIPE if None. A run that was stopped resumes there.
-        eval_every: steps between evaluations; at the end only if None.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between records of training metrics.
-        tensorboard: whether to write TensorBoard's files too.
-        progress: whether to display progress.
-        cluster: whether JAX finds the other processes of the run itself (SLURM, Cloud TPU, ...);
-            else JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them, if any.
-        heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+        recipe: Recipe to run.
+        out: Folder of the run; runs/RECIPE if None. A run that was stopped resumes there.
+        eval_every: Number of steps between evaluations; evaluates at the end only if None.
+        checkpoint_every: Number of steps between checkpoints.
+        log_every: Number of steps between records of training metrics.
+        tensorboard: Whether to write TensorBoard's files too.
+        progress: Whether to display progress.
+        cluster: Whether JAX finds the other processes of the run itself (SLURM, Cloud TPU, ...).
+            Otherwise JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
+        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -71,47 +70,49 @@ class TrainOptions:
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        rest = [name for name in recipe_names() if name not in PUBLISHED]
-        print(_USAGE.format(published=_indented(PUBLISHED), rest=_indented(rest)))
+        published = (f"{name:40}{row.error}" for name, row in recipes.PUBLISHED.items())
+        names = recipes.describe_names(separator="\n  ")
+        print(_USAGE.format(names=names, published="\n  ".join(published)))
         return 0 if argv else 2
-    return run_command(lambda: _train(*argv))
+    return run_command(_train, argv)
 
 
-def _train(name: str, *arguments: str) -> None:
+def _train(argv: list[str]) -> None:
+    name, *arguments = argv
     options = tyro.cli(
         TrainOptions,
-        default=TrainOptions(recipe=get_recipe(name)),
+        default=TrainOptions(recipe=recipes.get_recipe(name)),
         args=arguments,
         prog=f"train {name}",
-        description=inspect.getdoc(PUBLISHED[name]) if name in PUBLISHED else None,
+        description=recipes.describe(name),
     )
     join_processes(cluster=options.cluster, heartbeat_timeout=options.heartbeat_timeout)
     train(options, folder=options.out or Path("runs") / name)
-
-
-def _indented(names: Iterable[str]) -> str:
-    return "\n".join(f"  {name}" for name in names)
 
 
 def train(options: TrainOptions, *, folder: Path) -> dict[str, float]:
     """Trains in a folder, resuming what is there, and returns the final metrics.
 
     Raises:
-        ValueError: if the folder holds a run of another recipe.
+        ValueError: If the folder holds a run of another recipe.
     """
-    run = Run.build(options.recipe)
-    on_first_process(lambda: _claim(folder, options.recipe))
+    recipe = options.recipe
+    experiment = recipe.experiment(recipe.load_data())
+    program = experiment.compile()  # Refuses a batch that does not divide, before files are made.
+    on_first_process(lambda: _claim(folder, recipe))
     config = LoopConfig(
-        steps=run.steps,
+        steps=experiment.steps,
         log_every=options.log_every,
         eval_every=options.eval_every,
         checkpoint_every=options.checkpoint_every,
         show_progress=options.progress and is_first_process(),
     )
-    _, metrics = run.fit_in(folder, config, tensorboard=options.tensorboard)
+    _, metrics = experiment.run(
+        folder, config=config, program=program, tensorboard=options.tensorboard
+    )
     if is_first_process():
         write_json(folder / "result.json", metrics)
-        rich.print(metric_table(f"{folder}: after {run.steps} steps", metrics))
+        rich.print(metric_table(f"{folder}: after {experiment.steps} steps", metrics))
     return metrics
 
 
@@ -120,7 +121,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.json"
     # As JSON gives it back: tuples become lists.
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    wanted = json.loads(json.dumps(recipes.recipe_to_dict(recipe)))
     if not path.exists():
         write_json(path, wanted)
     elif (found := json.loads(path.read_text())) != wanted:

@@ -25,4 +25,5 @@ def test_every_command_named_exists():
     assert {"experiments.train", "experiments.compare", "experiments.bench"} <= modules
     root = Path(__file__).parent.parent
     for module in modules:
-        assert (root / module.replace(".", "/")).with_suffix(".py").exists()
+        path = root / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()

@@ -27,10 +27,7 @@ def tiny_network(monkeypatch, quick_compilation):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Prepares data, and keeps what subprocesses compile, in folders of the module's own."""
+    """Prepares data in a folder of the module's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
-        # Every start of the same program compiles it once.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield

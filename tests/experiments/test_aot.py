@@ -1,71 +1,91 @@
-"""Compiling a recipe's step ahead of time for chips that are not here."""
+"""Compiling a recipe's step ahead of time, for chips that are not here and for this CPU."""
 
 import importlib.metadata
 import json
+import re
 
 import pytest
 
 from experiments import aot
-from experiments._ahead_of_time import count_collectives, tpu_devices
+from wsbcn_flax.training.ahead_of_time import Compiled
 
-HLO = """
-  %all-reduce.1 = (f32[8]{0}, f32[4]{0}) all-reduce(f32[8]{0} %a, f32[4]{0} %b), channel_id=1
-  %start = f32[8]{0} all-reduce-start(f32[8]{0} %c), channel_id=2
-  %done = f32[8]{0} all-reduce-done(f32[8]{0} %start)
-  ROOT %gather = f32[64]{0} all-gather(f32[8]{0} %done), dimensions={0}
-  %fusion = f32[8]{0} fusion(f32[8]{0} %all-reduce.1), calls=%not-a-all-reduce
-"""
-
-
-def test_counts_each_collective_once():
-    assert count_collectives(HLO) == {"all-reduce": 2, "all-gather": 1}
-
-
-@pytest.mark.parametrize("installed", [None, "0.0.17"])
-def test_needs_the_libtpu_that_jax_was_made_for(installed, monkeypatch):
-    def version(name):
-        if installed is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(
-        ImportError, match=rf"libtpu==.* found {installed or 'none'}: .*\[tpu-aot\]"
-    ):
-        tpu_devices("v5e:2x4")
-
-
+pytestmark = pytest.mark.usefixtures("tiny_network")
 libtpu = pytest.mark.skipif(
     not any(d.metadata["Name"] == "libtpu" for d in importlib.metadata.distributions()),
     reason="compiling for TPU needs the extra tpu-aot",
 )
+RECIPE = "digits_resnet8_bcn_ws"
+CPU = [RECIPE, "--platform", "cpu", "--dtype", "float32"]
+
+
+def test_ratios_are_to_each_reference_that_is_compiled():
+    figures = dict.fromkeys(Compiled._fields, 3_000_000)
+    results = {
+        "bn": Compiled(**{**figures, "bytes_accessed": 4.0}),
+        "bcn_ws": Compiled(**{**figures, "bytes_accessed": 3.0}),
+    }
+    row = aot.rows_with_ratios(results, topology="v5e:2x4")[1]
+    assert row["bytes_accessed/bn"] == 0.75
+    assert row["estimated_ms"] == 2
+    assert not any(key.endswith("/bn_barrier") for key in row)
+
+
+def test_compiles_for_the_cpu_at_several_sizes(tmp_path, capsys):
+    path = tmp_path / "aot.json"
+    options = ["xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"]
+    arguments = ["--per-device-batch", "1", "2", "--against", "bn", "--json", str(path)]
+    assert aot.main([*CPU, *arguments, "--compiler-options", *options]) == 0
+    document = json.loads(path.read_text())
+    assert {size: list(rows) for size, rows in document.items()} == {
+        "1": ["bn", "bcn_ws"],
+        "2": ["bn", "bcn_ws"],
+    }
+    for row in (row for rows in document.values() for row in rows.values()):
+        assert set(row) == set(Compiled._fields)
+        assert row["total_bytes"] >= row["temp_bytes"] + row["argument_bytes"] > 0
+    printed = capsys.readouterr().out
+    assert "Ratios" in printed
+    assert "2 images a chip" in printed
+
+
+def test_says_what_fits_and_what_it_needs(capsys):
+    assert aot.main([*CPU, "--per-device-batch", "2", "--fits", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"micro-batch\s+of 2\s+fits", printed)
+    assert aot.main([*CPU, "--per-device-batch", "1", "--fits", "0.00001"]) == 1
+    assert "One size at least must fit" in capsys.readouterr().err
 
 
 @libtpu
 def test_compiles_a_step_with_one_all_reduce(tmp_path, capsys):
     """Synced batch normalization has one for every layer, forward and backward."""
     out = tmp_path / "aot.json"
-    arguments = ["digits_resnet8_bcn_ws", "--topology", "v5e:2x4", "--per-device-batch", "2"]
+    arguments = [RECIPE, "--topology", "v5e:2x4", "--per-device-batch", "2"]
     assert aot.main([*arguments, "--json", str(out), "--against", "bn_synced"]) == 0
     results = json.loads(out.read_text())
-    assert list(results) == ["bcn_ws", "bn_synced"]
+    assert list(results) == ["bn_synced", "bcn_ws"]
     for result in results.values():
         assert result["chips"] == 8
         assert min(result["bytes_accessed"], result["temp_bytes"], result["argument_bytes"]) > 0
+        assert result["estimated_cycles"] > 1800
     assert results["bcn_ws"]["collectives"] == {"all-reduce": 1}
-    assert results["bn_synced"]["all_reduces"] > 9
+    assert results["bn_synced"]["all_reduces"] > 3
     assert "bn_synced" in capsys.readouterr().out
 
 
 @libtpu
+def test_an_unknown_topology_is_one_line(capsys):
+    assert aot.main([RECIPE, "--topology", "v5e:3x99"]) == 1
+    assert "must be one that libtpu knows" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "v5e:3x99"], "must be one that libtpu knows"),
         (["--against", "batchnorm"], "A normalization is one of bn, gn"),
         (["--micro", "2"], "whole number of micro-batches"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
-    assert aot.main(["digits_resnet8_bcn_ws", *arguments]) == 1
+    assert aot.main([*CPU, *arguments]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,98 +1,202 @@
-"""What all measurements share: files that can be written, and options that mean something."""
+"""The benchmarks: times are taken in balanced orders, and of what they are named for."""
 
+import collections
+import itertools
 import json
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from experiments import bench
-from experiments._bench import data, layers, memory, step, tpu, weights
-from experiments._bench.options import TimedOptions
+from experiments._variants import with_norm
+from experiments.bench import _timing as timing
+from experiments.bench import ws
+from experiments.bench.__main__ import main
+from experiments.bench.data import Pipeline, data_rows, write_jpeg_folders
+from experiments.bench.step import Step, TrainingCall, step_rows, ws_in_step
+from experiments.recipes import get_recipe
 
-RUNS = [
-    (layers, layers.run_layers, layers.Layers),
-    (weights, weights.run_weight_standardization, weights.WeightStandardization),
-    (step, step.run_step, step.Step),
-    (memory, memory.run_memory, memory.Memory),
-    (data, data.run_data, data.Data),
-    (tpu, tpu.run_ahead_of_time, tpu.AheadOfTime),
-]
+RECIPE = "digits_resnet8_bcn_ws"
+FIGURES = {"median_ms", "spread"}
 
 
-@pytest.mark.parametrize(("module", "run", "config"), RUNS)
+@pytest.mark.parametrize(("count", "rounds"), [(2, 2), (5, 10), (12, 12), (1, 3)])
+def test_orders_balance_places_and_predecessors(count, rounds):
+    orders = [timing.balanced_order(count, index) for index in range(rounds)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    places = collections.Counter(pair for order in orders for pair in enumerate(order))
+    pairs = collections.Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(set(places.values())) == 1
+    assert len(places) == count * count
+    assert len(set(pairs.values())) <= 1
+    assert len(pairs) == count * (count - 1)
+
+
+def test_every_call_is_timed_alone_and_warmed_up_before():
+    now, ran = 0.0, []
+
+    def work(key, seconds):
+        nonlocal now
+        now += seconds
+        ran.append(key)
+
+    durations = {("a", "forward"): 1.0, ("b", "forward"): 2.0, ("c", "forward"): 4.0}
+    calls = {key: lambda key=key, s=s: work(key, s) for key, s in durations.items()}
+    seconds = timing.interleaved_seconds(calls, rounds=6, clock=lambda: now)
+    for key, duration in durations.items():
+        np.testing.assert_array_equal(seconds[key], np.full(6, duration))
+    assert ran[:6] == [key for key in calls for _ in range(2)]
+    assert all(set(ran[start : start + 3]) == set(calls) for start in range(6, 24, 3))
+
+
+def test_quick_never_adds_rounds():
+    assert timing.Measurement(quick=True).rounds == 3
+    assert timing.Measurement(quick=True, repeats=2).rounds == 2
+    assert timing.Measurement(repeats=7).rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, r"repeats must be at least 1, received 0"),
+        ({"recipe": "digits_resnet8_bn", "against": "torch"}, r"ResNet-50 alone .* digits_resnet8"),
+    ],
+)
+def test_options_refuse_what_cannot_be_measured(options, message):
+    with pytest.raises(ValueError, match=message):
+        Step(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "resnet50"], "A recipe is named"),
+        (["--norms", "batch_ws"], "received 'batch_ws'"),
+        (["--recipe", RECIPE, "--batch", "2", "--micro", "4"], "whole number of micro-batches"),
+    ],
+)
+def test_an_error_is_one_line_before_measuring(arguments, message, capsys, monkeypatch):
+    monkeypatch.delattr(timing, "interleaved_seconds")
+    assert main(["step", *arguments]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["layers", "ws", "step", "data"])
 def test_a_file_that_cannot_be_written_fails_before_measuring(
-    module, run, config, tmp_path, console, monkeypatch
+    command, tmp_path, capsys, monkeypatch
 ):
-    def measure(*_, **__):
-        raise AssertionError("measured before looking at the path")
-
-    for name in ("interleaved_seconds", "compile_steps", "TrainingCall", "load_split"):
-        monkeypatch.setattr(module, name, measure, raising=False)
+    monkeypatch.delattr(timing, "interleaved_seconds")
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "below.json"):
-        with pytest.raises(OSError, match=r"--json must name a file that can be written"):
-            run(config(json=path), console)
+        assert main([command, "--json", str(path)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "--json must name a file that can be written" in error
 
 
-def test_looking_at_the_path_changes_no_file(tmp_path, console, monkeypatch):
+def test_looking_at_the_path_changes_no_file(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "interleaved_seconds", interrupt)
-    monkeypatch.setattr(weights, "resnet50_kernels", lambda: [(1, 1, 4, 4)])
+    monkeypatch.setattr(timing, "interleaved_seconds", interrupt)
+    monkeypatch.setattr(ws, "resnet50_kernels", lambda: [(1, 1, 4, 4)])
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text("kept")
     for path in (old, new):
         with pytest.raises(KeyboardInterrupt):
-            weights.run_weight_standardization(weights.WeightStandardization(json=path), console)
+            main(["ws", "--json", str(path)])
     assert old.read_text() == "kept"
     assert not new.exists()
 
 
-def test_quick_never_adds_rounds():
-    assert TimedOptions(quick=True).rounds == 3
-    assert TimedOptions(quick=True, repeats=2).rounds == 2
-    assert TimedOptions(repeats=7).rounds == 7
+def test_calls_of_a_step_go_on_from_the_last_state(tiny_network):
+    call = TrainingCall(with_norm(get_recipe(RECIPE), "bn"), 8, 2)
+    losses = []
+    for step in range(1, 4):
+        state, metrics = call()
+        assert int(state.step) == step
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == 3
+    assert call.kernel_shapes() == [(3, 3, 4, 8), (3, 3, 8, 8), (1, 1, 4, 8), (7, 7, 1, 4)]
+    assert len(jax.tree.leaves(state.params)[0].devices()) == 1
+
+
+def test_figures_compare_steps_of_the_same_round():
+    seconds = {
+        # The third round was ten times slower for all.
+        ("bn", "step"): np.array([1.0, 1.0, 10.0]),
+        ("bcn", "step"): np.array([2.0, 2.0, 20.0]),
+        ("bcn_ws", "step"): np.array([2.5, 2.5, 25.0]),
+    }
+    ratios = {row["norm"]: row["ratio_to_batchnorm"] for row in step_rows(seconds)}
+    assert ratios == {"bn": 1, "bcn": 2, "bcn_ws": 2.5}
+    added = ws_in_step(seconds, np.array([0.25, 0.25, 2.5]))
+    expected = {"added_ms": 500, "alone_ms": 250, "added_over_alone": 2, "share_of_step": 0.2}
+    assert added == expected
+
+
+def test_step_writes_its_figures(tmp_path, capsys, tiny_network):
+    path = tmp_path / "step.json"
+    arguments = ["--quick", "--repeats", "1", "--batch", "2", "--micro", "1"]
+    assert main(["step", *arguments, "--norms", "bcn", "bcn_ws", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert set(document) == {"machine", "rows", "ws", "torch"}
+    assert [row["norm"] for row in document["rows"]] == ["bn", "bcn", "bcn_ws"]
+    assert all(set(row) == {"norm", "ratio_to_batchnorm"} | FIGURES for row in document["rows"])
+    assert set(document["ws"]) == {"added_ms", "alone_ms", "added_over_alone", "share_of_step"}
+    assert document["torch"] is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"A step of {RECIPE}: 2 images of 8 pixels, micro-batches of 1" in printed
+    assert "Weight standardization adds" in printed
+
+
+def test_files_are_photographs_in_imagenets_layout(tmp_path, capsys):
+    mean = write_jpeg_folders(tmp_path, 3)
+    assert "make JPEG files 3/3" in capsys.readouterr().out
+    for split in ("train", "val"):
+        files = sorted((tmp_path / "imagenet" / split).glob("n*/*.JPEG"))
+        assert len(files) == 3
+        assert np.mean([file.stat().st_size for file in files]) == pytest.approx(mean)
+        for file in files:
+            with Image.open(file) as image:
+                assert 450 <= image.width <= 550
+                assert 337 <= image.height <= 413
+
+
+def test_images_per_second_are_of_the_median_pass():
+    pipelines = {"train": Pipeline(make=lambda: None, batches=1, images=10)}
+    (row,) = data_rows(pipelines, {("train", 2): np.array([2.0, 2.0, 100.0])})
+    assert row["images_per_second"] == 5
+    assert row["threads"] == 2
+
+
+def test_data_writes_its_rows(tmp_path, capsys):
+    pytest.importorskip("cv2", reason="decoding JPEG files needs the extra jpeg")
+    path = tmp_path / "data.json"
+    options = {"in-memory": "digits", "jpegs": 8, "batch": 6, "repeats": 1, "image-size": 32}
+    arguments = [str(item) for name, value in options.items() for item in (f"--{name}", value)]
+    folders = ["--data-dir", str(tmp_path), "--json", str(path)]
+    assert main(["data", *arguments, *folders, "--threads", "0", "1"]) == 0
+    rows = json.loads(path.read_text())
+    assert [(row["pipeline"], row["threads"], row["images"]) for row in rows] == [
+        (name, threads, images)
+        for name, images in (("digits_train", 1794), ("jpeg_train", 6), ("jpeg_eval", 8))
+        for threads in (0, 1)
+    ]
+    keys = {"pipeline", "threads", "images", "images_per_second"} | FIGURES
+    assert all(set(row) == keys for row in rows)
+    assert "kB on average" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "message"),
+    ("arguments", "message"),
     [
-        (TimedOptions, {"repeats": 0}, r"repeats must be at least 1, received 0"),
-        (step.Step, {"repeats": 0}, r"repeats must be at least 1, received 0"),
-        (step.Step, {"batch": 0}, r"image_size and batch must be at least 1, received 128 and 0"),
-        (step.Step, {"norms": ("bcn",)}, r"norms must name bn, .* received bcn"),
-        (step.Step, {"norms": ("bn", "batch_ws")}, r"A normalization is .* received 'batch_ws'"),
-        (step.Step, {"recipe": "resnet50"}, r"A recipe is named"),
-        (
-            step.Step,
-            {"recipe": "digits_resnet8_bn", "against": "torch"},
-            r"ResNet-50 alone .* received the recipe digits_resnet8_bn",
-        ),
-        (step.Step, {"norms": ("bn",), "against": "torch"}, r"compares with gn_ws"),
-        (memory.Memory, {"micro_batches": ()}, r"micro_batches must be numbers"),
-        (memory.Memory, {"micro_batches": (1, 0)}, r"at least 1, received \(1, 0\)"),
-        (memory.Memory, {"norms": ("gn",)}, r"norms must name bn"),
-        (tpu.AheadOfTime, {"per_device_batch": (0,)}, r"per_device_batch must be numbers"),
-        (tpu.AheadOfTime, {"against": ("batchnorm",)}, r"A normalization is one of bn"),
-        (data.Data, {"in_memory": "imagenet"}, r"in_memory must be one of"),
-        (data.Data, {"image_size": 257}, r"image_size must be from 1 to 256, received 257"),
-        (data.Data, {"jpegs": 2, "batch": 3}, r"received 3 and jpegs=2"),
-        (data.Data, {"threads": (-1,)}, r"threads must be numbers of at least 0"),
+        (["--jpegs", "2", "--batch", "4", "--threads", "-1"], "num_threads must be >= 0"),
+        (["--jpegs", "2", "--image-size", "257"], "resize must be at least image_size=257"),
     ],
 )
-def test_config_refuses_what_cannot_be_measured(config, options, message):
-    with pytest.raises(ValueError, match=message):
-        config(**options)
-
-
-def test_the_command_runs_what_it_names(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(weights, "resnet50_kernels", lambda: [(1, 1, 4, 4)])
-    path = tmp_path / "ws.json"
-    assert bench.main(["ws", "--quick", "--json", str(path)]) == 0
-    assert {row["form"] for row in json.loads(path.read_text())} >= {"closed_form", "autodiff"}
-    assert "closed_form" in capsys.readouterr().out
-
-
-def test_an_error_is_one_line_and_a_status(tmp_path, capsys):
-    assert bench.main(["ws", "--json", str(tmp_path)]) == 1
-    assert "--json must name a file" in capsys.readouterr().err.splitlines()[-1]
+def test_data_refuses_what_the_pipeline_refuses(arguments, message, tmp_path, capsys):
+    command = ["data", *arguments, "--in-memory", "digits", "--data-dir", str(tmp_path)]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,24 +1,29 @@
-"""The layers' benchmark compares equal computations, by ratios within a round."""
+"""What is timed of layers and kernels are equal computations, compared within a round."""
 
+import io
+import itertools
 import json
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from experiments._bench import layers as bench
-from experiments._bench.layers import Layers, run_layers
-from experiments._bench.timing import PASSES, geometric_mean_ratio
+from experiments.bench import layers, ws
+from experiments.bench.__main__ import main
+from experiments.bench._timing import PASSES
 
 SHAPE = (2, 4, 4, 8)
 GROUPS = 4
+FIGURES = {"pass", "median_ms", "spread"}
 
 
 @pytest.fixture(scope="module")
 def results():
     """What every layer returns for both passes at a tiny shape."""
-    calls = bench.layer_calls(bench.normalizations(GROUPS), SHAPE)
+    calls = layers.layer_calls(layers.normalizations(GROUPS), SHAPE)
     return {key: call() for key, call in calls.items()}
 
 
@@ -28,7 +33,7 @@ def test_naive_composition_is_bcn_on_batch_statistics(results):
         "bcn_batch", "forward_backward"
     ]
     batch, channel = grads["BatchNorm_0"], grads["GroupNorm_0"]
-    got = {
+    received = {
         "y": y,
         "dx": dx,
         "batch_scale": batch["scale"],
@@ -41,7 +46,7 @@ def test_naive_composition_is_bcn_on_batch_statistics(results):
     stats = expected_updates["batch_stats"]
     expected = {"y": expected_y, "dx": expected_dx, **expected_grads}
     expected |= {"mean": stats["mean"], "var": stats["var"]}
-    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(received, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bcn_normalizes_first_and_the_other_updates_first(results):
@@ -55,7 +60,7 @@ def test_bcn_normalizes_first_and_the_other_updates_first(results):
 
 
 def test_both_passes_give_the_same_output_and_new_statistics(results):
-    for name in bench.normalizations(GROUPS):
+    for name in layers.normalizations(GROUPS):
         y, updates = results[name, "forward"]
         y_again, (grads, dx), updates_again = results[name, "forward_backward"]
         chex.assert_trees_all_close((y, updates), (y_again, updates_again), rtol=1e-5, atol=1e-5)
@@ -68,61 +73,41 @@ def test_figures_are_medians_of_ratios_within_a_round():
         # The third round was ten times slower for all: the ratio does not notice.
         ("batch_norm", "forward"): np.array([1.0, 2.0, 10.0]),
         ("bcn", "forward"): np.array([2.0, 2.0, 20.0]),
-        ("naive_bcn", "forward"): np.array([8.0, 8.0, 80.0]),
     }
-    rows = {row["norm"]: row for row in bench.layer_rows(SHAPE, seconds)}
+    rows = {row["norm"]: row for row in layers.layer_rows(SHAPE, seconds)}
     assert rows["batch_norm"]["ratio_to_batchnorm"] == 1
     assert rows["bcn"]["ratio_to_batchnorm"] == 2
     assert rows["bcn"]["median_ms"] == 2000
     assert rows["batch_norm"]["spread"] == pytest.approx((6 - 1.5) / 2)
-    doubled = {**seconds, ("bcn", "forward"): 4 * seconds["bcn", "forward"]}
-    mean = geometric_mean_ratio([seconds, doubled], "bcn", "naive_bcn", "forward")
-    assert mean == pytest.approx(np.sqrt(0.25 * 1.0))
 
 
-def test_layers_writes_its_rows(tmp_path, console):
-    path = tmp_path / "new" / "layers.json"
-    config = Layers(json=path, shapes=(SHAPE,), num_groups=GROUPS, repeats=2)
-    rows = run_layers(config, console)
-    assert json.loads(path.read_text()) == rows
-    keys = {"shape", "norm", "pass", "ratio_to_batchnorm", "median_ms", "spread"}
-    assert all(set(row) == keys for row in rows)
-    assert all(row["median_ms"] > 0 for row in rows)
-    norms = ["batch_norm", "group_norm", "naive_bcn", "bcn", "bcn_update_first", "bcn_batch"]
-    assert [(row["shape"], row["norm"], row["pass"]) for row in rows] == [
-        ([*SHAPE], "elementwise", "forward"),
-        *(([*SHAPE], norm, which) for norm in norms for which in ("forward", "forward_backward")),
+def test_means_are_geometric_over_shapes():
+    times = {"batch_norm": (4.0, 1.0), "naive_bcn": (16.0, 2.0), "bcn": (1.0, 1.0)}
+    measured = [
+        {(name, which): np.full(3, each[i]) for name, each in times.items() for which in PASSES}
+        for i in range(2)
     ]
-    printed = console.file.getvalue()
-    assert jax.__version__ in printed
-    assert all(norm in printed for norm in norms)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(layers.means_table(measured))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    expected = ["bcn", "0.50", "0.50", f"{32**-0.5:.2f}", f"{32**-0.5:.2f}"]
+    assert next(line for line in lines if line[:1] == ["bcn"]) == expected
 
 
-def test_layers_keeps_shapes_apart(console, monkeypatch):
-    """The second shape's naive form takes half the time of the first one's."""
-
-    def measure(calls, **_):
-        (shape,) = calls
-        naive = 8.0 if shape == SHAPE else 4.0
-        return {
-            (name, which): np.array([seconds])
-            for name, seconds in (("batch_norm", 2.0), ("naive_bcn", naive), ("bcn", 1.0))
-            for which in PASSES
-        }
-
-    monkeypatch.setattr(bench, "layer_calls", lambda norms, shape: [shape])
-    monkeypatch.setattr(bench, "interleaved_seconds", measure)
-    monkeypatch.setattr(
-        bench, "normalizations", lambda _: dict.fromkeys(("batch_norm", "naive_bcn", "bcn"))
-    )
-    rows = run_layers(Layers(shapes=(SHAPE, (1, 2, 2, 4)), num_groups=GROUPS), console)
-    ratios = {(*row["shape"], row["norm"]): row["ratio_to_batchnorm"] for row in rows}
-    assert ratios[*SHAPE, "naive_bcn"] == 4
-    assert ratios[1, 2, 2, 4, "naive_bcn"] == 2
-    means = next(
-        line.split() for line in reversed(console.file.getvalue().splitlines()) if " bcn " in line
-    )
-    assert means == ["bcn", "0.50", "0.50", f"{32**-0.5:.2f}", f"{32**-0.5:.2f}"]
+def test_layers_writes_its_rows(tmp_path, capsys):
+    path = tmp_path / "new" / "layers.json"
+    arguments = ["--shapes", *map(str, SHAPE), "--num-groups", str(GROUPS), "--repeats", "2"]
+    assert main(["layers", *arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert all(set(row) == {"shape", "norm", "ratio_to_batchnorm"} | FIGURES for row in rows)
+    assert all(row["median_ms"] > 0 and row["shape"] == list(SHAPE) for row in rows)
+    assert [(row["norm"], row["pass"]) for row in rows] == [
+        ("elementwise", "forward"),
+        *itertools.product(layers.normalizations(GROUPS), PASSES),
+    ]
+    printed = capsys.readouterr().out
+    assert "Geometric means over shapes" in printed
+    assert "2x4x4x8" in printed
 
 
 @pytest.mark.parametrize(
@@ -135,6 +120,46 @@ def test_layers_keeps_shapes_apart(console, monkeypatch):
         ({"shapes": ((0, 4, 4, 32),)}, r"must be positive"),
     ],
 )
-def test_config_refuses_what_cannot_be_measured(options, message):
+def test_layers_refuses_what_cannot_be_measured(options, message):
     with pytest.raises(ValueError, match=message):
-        Layers(**options)
+        layers.Layers(**options)
+
+
+def test_closed_form_and_autodiff_standardize_alike():
+    calls = ws.weight_calls([(3, 3, 4, 8), (1, 1, 16, 4)])
+    closed_form = calls["closed_form", "forward_backward"]()
+    autodiff = calls["autodiff", "forward_backward"]()
+    chex.assert_trees_all_close(closed_form, autodiff, rtol=1e-4, atol=1e-5)
+    outputs, _ = calls["closed_form", "forward"]()
+    chex.assert_trees_all_close(outputs, closed_form[0], rtol=1e-5, atol=1e-6)
+
+
+def test_resnet50_kernels_are_all_of_its_convolutions():
+    """25,557,032 parameters, less the classifier's 2,049,000 and the normalizations' 53,120."""
+    kernels = ws.resnet50_kernels()
+    assert len(kernels) == 53
+    assert sum(np.prod(kernel) for kernel in kernels) == 25_557_032 - 2_049_000 - 53_120
+
+
+def test_weight_normalization_is_flaxs():
+    layer = nn.WeightNorm(nn.Conv(4, (3, 3), use_bias=False), variable_filter={"kernel"})
+    x = np.random.default_rng(0).standard_normal((1, 5, 5, 2), np.float32)
+    params = layer.init(jax.random.key(0), x)["params"]
+    scale = params["layer_instance/kernel/scale"] = np.arange(1.0, 5.0, dtype=np.float32)
+    kernel = ws.weight_normalize(params["layer_instance"]["kernel"], scale)
+    plain = nn.Conv(4, (3, 3), use_bias=False).apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_ws_writes_its_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ws, "resnet50_kernels", lambda: [(1, 1, 4, 4)])
+    path = tmp_path / "ws.json"
+    path.write_text("older")
+    assert main(["ws", "--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert all(set(row) == {"form", "ratio_to_elementwise"} | FIGURES for row in rows)
+    assert {(row["form"], row["pass"]) for row in rows} == {
+        ("elementwise", "forward"),
+        *itertools.product(("closed_form", "autodiff", "weight_norm"), PASSES),
+    }
+    assert "closed_form" in capsys.readouterr().out

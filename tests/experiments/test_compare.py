@@ -3,7 +3,7 @@ import json
 import pytest
 
 from experiments import compare
-from experiments._results import Result, spread
+from experiments.compare import Result, spread
 
 
 @pytest.fixture(autouse=True)

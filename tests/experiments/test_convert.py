@@ -6,7 +6,7 @@ import pytest
 import torch_resnet
 
 from experiments import convert
-from experiments._packaged import load_model
+from experiments._model_file import load_model
 from wsbcn_flax.transforms import export_checkpoint
 
 CLASSES = tuple(f"class {number}" for number in range(1000))
@@ -17,11 +17,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_a_packaged_checkpoint_computes_what_pytorch_computes(name):
     """Its recipe has the right model, normalization and convention of WS."""
     state_dict = export_checkpoint(torch_resnet.random_variables(name), name)
-    packaged = convert.package_checkpoint(state_dict, name, class_names=CLASSES)
-    assert packaged.recipe.weight.kind == ("none" if name == "resnet18" else "ws")
-    packaged = packaged.folded()
-    logits = jax.jit(lambda v, x: packaged.task.model.apply(v, x, train=False))(
-        packaged.variables, torch_resnet.images()
+    model = convert.model_of_checkpoint(state_dict, name, class_names=CLASSES)
+    assert model.recipe.weight.kind == ("none" if name == "resnet18" else "ws")
+    model = model.folded()
+    network = model.experiment.task.model
+    logits = jax.jit(lambda v, x: network.apply(v, x, train=False))(
+        model.variables, torch_resnet.images()
     )
     golden = np.load(torch_resnet.GOLDEN)[name]
     np.testing.assert_allclose(logits, golden, atol=1e-4 * np.abs(golden).max())
@@ -38,7 +39,7 @@ def test_converts_a_file_by_its_name_or_by_its_keys(tmp_path, capsys):
         assert convert.main(["authors", str(source), str(out)]) == 0
         loaded = load_model(out)
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
-        assert loaded.class_names[:2] == ("n01440764", "n01443537")
+        assert loaded.facts["class_names"][:2] == ["n01440764", "n01443537"]
     assert "11,689,512 parameters" in capsys.readouterr().out
 
 

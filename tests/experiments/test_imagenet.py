@@ -48,4 +48,4 @@ def test_trains_evaluates_and_predicts(folder, tmp_path, capsys):
     capsys.readouterr()
     image = folder / "imagenet" / "val" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
     assert predict.main([str(run), str(image), "--top", "2"]) == 0
-    assert set(CLASSES) <= set(capsys.readouterr().out.replace("│", " ").split())
+    assert set(CLASSES) <= set(capsys.readouterr().out.split())

@@ -1,7 +1,6 @@
 """Options of a recipe's model: rematerialization and dtypes, down to the lowered step."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.export
@@ -9,45 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments._config import BatchConfig
-from experiments._models import make_loss_scale, make_model
-from experiments._recipes import get_recipe
-from experiments._run import make_partition, make_state, make_steps
+from experiments._models import make_model
+from experiments.recipes import get_recipe
+from wsbcn_flax.training import BatchConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-IMAGE_SHAPE = (8, 8, 1)
 BATCH = {
-    "image": np.random.default_rng(0).normal(size=(16, *IMAGE_SHAPE)).astype(np.float32),
+    "image": np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32),
     "label": np.arange(16, dtype=np.int32) % 10,
 }
 
 
-def make_recipe(*, norm="bcn_ws", batch=None, **model):
-    recipe = get_recipe(f"digits_resnet8_{norm}")
+def make_recipe(*, batch=None, **model):
+    recipe = get_recipe("digits_resnet8_bcn_ws")
     model = dataclasses.replace(recipe.model, **{"width": 8, **model})
     return dataclasses.replace(recipe, model=model, batch=BatchConfig(size=16, **(batch or {})))
 
 
-def make_parts(recipe, devices):
-    """The partition, the uncompiled step, and what makes the initial state."""
-    partition = make_partition(recipe.batch, devices)
-    steps = make_steps(recipe, partition, num_classes=10, steps_per_epoch=10)
-    init = functools.partial(
-        make_state,
-        steps.task,
-        steps.optimizer,
-        0,
-        transform=steps.transform,
-        image_shape=IMAGE_SHAPE,
-        loss_scale=make_loss_scale(recipe.model),
-    )
-    return partition, steps.train, init
-
-
 def one_step(recipe):
-    partition, step, init = make_parts(recipe, jax.devices()[:1])
-    return jax.device_get(partition.compile(step)(partition.place_state(jax.jit(init)()), BATCH))
+    program = recipe.experiment().compile(jax.devices()[:1])
+    return jax.device_get(program.train(program.init(0), BATCH))
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +67,6 @@ def test_every_kind_of_block_is_rematerialized(name):
     assert kept(remat=True) < 0.5 * kept(remat=False)
 
 
-def test_a_network_without_blocks_is_not_rematerialized():
-    recipe = make_recipe(name="vgg16", width=None, remat=True)
-    with pytest.raises(ValueError, match="residual blocks, received vgg16"):
-        make_model(recipe, num_classes=10)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_computation_keeps_wide_parameters_and_statistics(dtype, plain):
     _, wide = plain
@@ -106,7 +81,6 @@ def test_narrow_computation_keeps_wide_parameters_and_statistics(dtype, plain):
 @pytest.mark.parametrize(
     ("mode", "model", "batch"),
     [
-        ("jit", {}, {}),
         ("jit", {"dtype": "float16"}, {"shard_optimizer": True, "micro": 4, "loop": "scan"}),
         ("shard_map", {"dtype": "float16"}, {"micro": 1, "loop": "scan"}),
         ("shard_map", {"dtype": "bfloat16", "remat": True}, {}),
@@ -114,11 +88,10 @@ def test_narrow_computation_keeps_wide_parameters_and_statistics(dtype, plain):
     ids=str,
 )
 def test_the_step_lowers_for_gpus(mode, model, batch):
-    recipe = make_recipe(batch={"mode": mode, **batch}, **model)
-    partition, step, init = make_parts(recipe, jax.devices())
+    experiment = make_recipe(batch={"mode": mode, **batch}, **model).experiment()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
-    export = jax.export.export(partition.compile(step), platforms=["cuda"])
-    exported = export(jax.eval_shape(init), shapes)
+    export = jax.export.export(experiment.compile(jax.devices()).train, platforms=["cuda"])
+    exported = export(jax.eval_shape(lambda: experiment.init(0)), shapes)
     assert exported.platforms == ("cuda",)
     assert exported.nr_devices == 8
     # A program for one host holds its collectives under shard_map; XLA adds jit's.

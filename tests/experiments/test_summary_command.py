@@ -14,7 +14,7 @@ def test_prints_a_table_and_writes_json(tmp_path, capsys):
     assert document["models"]["resnet18"]["parameters"] == 11_689_512
     assert document["models"]["resnet20"]["parameters"] == 272_474
     printed = capsys.readouterr().out
-    assert "GN+WS" in printed
+    assert "gn_ws" in printed
     assert "11,689,512" in printed
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from experiments import train
-from experiments._config import recipe_from_dict
-from experiments._run import Run
-from wsbcn_flax.training import PREEMPTED_STATUS, Checkpointer, read_jsonl
+from experiments.recipes import recipe_from_dict
+from wsbcn_flax.training import Checkpointer
+from wsbcn_flax.training.preemption import PREEMPTED_STATUS
+from wsbcn_flax.training.writers import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("data_dir")
 
@@ -102,9 +103,10 @@ def last_step(folder):
 
 def final_state(folder):
     recipe = recipe_from_dict(json.loads((folder / "recipe.json").read_text()))
-    run = Run.build(recipe)
+    experiment = recipe.experiment()
     with Checkpointer(folder / "checkpoints") as checkpointer:
-        restored = checkpointer.restore(STEPS, run.initial_state(recipe.seed))
+        template = jax.eval_shape(lambda: experiment.init(recipe.seed))
+        restored = checkpointer.restore(STEPS, template)
     return jax.device_get(restored.state)
 
 

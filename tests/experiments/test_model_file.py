@@ -9,7 +9,8 @@ import safetensors.numpy
 from PIL import Image
 
 from experiments import convert, curves, evaluate, predict, train
-from experiments._packaged import Packaged, from_run, load_model
+from experiments._model_file import load_model
+from wsbcn_flax import data
 from wsbcn_flax.data import load_split
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -22,17 +23,26 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         arguments = ["digits_resnet8_bcn_ws", "--epochs", "2", "--optim.learning-rate", "0.3"]
-        arguments += ["--eval-every", "22", "--model.width", "8", "--out", str(folder)]
+        arguments += ["--eval-every", "22", "--model.width", "8", "--ema", "0.9"]
+        arguments += ["--out", str(folder)]
         assert train.main([*arguments, "--no-progress"]) == 0
         yield folder
 
 
 @pytest.fixture(scope="module")
-def packaged(run):
-    return from_run(run)
+def model(run):
+    return load_model(run)
 
 
-def test_evaluation_of_the_run_is_the_one_training_ended_with(run, tmp_path, capsys):
+def test_evaluation_of_the_run_is_the_one_training_ended_with(run, tmp_path, capsys, monkeypatch):
+    """It evaluates the average of the parameters, and loads no training data."""
+    load = data.load_split
+
+    def without_training_data(name, split, **options):
+        assert split == "test"
+        return load(name, split, **options)
+
+    monkeypatch.setattr("experiments._image_data.load_split", without_training_data)
     assert evaluate.main([str(run), "--json", str(tmp_path / "metrics.json")]) == 0
     assert "top5_error" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -43,43 +53,44 @@ def test_evaluation_of_the_run_is_the_one_training_ended_with(run, tmp_path, cap
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_a_file_holds_the_model(run, packaged, fold, tmp_path):
+def test_a_file_holds_the_model(run, model, fold, tmp_path):
     out = tmp_path / "model.safetensors"
     assert convert.main(["run", str(run), str(out), *(["--fold"] if fold else [])]) == 0
     loaded = load_model(out)
     images = load_split("digits", "test[:8]").images
     np.testing.assert_allclose(
-        jax.jit(loaded.logits_fn())(images), jax.jit(packaged.logits_fn())(images), rtol=1e-5
+        jax.jit(loaded.predict_fn())(images), jax.jit(model.predict_fn())(images), rtol=1e-5
     )
     assert (loaded.recipe.weight.kind == "none") is fold
     if not fold:
-        assert loaded.recipe == packaged.recipe
-        jax.tree.map(np.testing.assert_array_equal, loaded.variables, packaged.variables)
-    assert loaded.class_names == tuple("0123456789")
+        assert loaded.recipe == model.recipe
+        jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
+    assert loaded.facts["class_names"] == list("0123456789")
 
 
-def test_a_serialized_program_needs_nothing_of_this_package(run, packaged, tmp_path):
+def test_a_serialized_program_needs_nothing_of_this_package(run, model, tmp_path):
     out = tmp_path / "model.jax"
     assert convert.main(["run", str(run), str(out), "--format", "jax"]) == 0
     program = jax.export.deserialize(bytearray(out.read_bytes()))
     images = load_split("digits", "test[:5]").images
-    expected = jax.jit(packaged.logits_fn())(images)
+    expected = jax.jit(model.predict_fn())(images)
     for size in (1, 5):
         np.testing.assert_allclose(program.call(images[:size]), expected[:size], rtol=2e-4)
     assert {"cpu", "cuda", "tpu"} <= set(program.platforms)
 
 
-def test_predicts_the_classes_of_image_files(run, packaged, tmp_path, capsys):
+def test_predicts_the_classes_of_image_files(run, model, tmp_path, capsys, monkeypatch):
     split = load_split("digits", "test[:3]")
     paths = []
     for index, image in enumerate(split.images):
         paths.append(str(tmp_path / f"{index}.png"))
         Image.fromarray(image[..., 0]).save(paths[-1])
+    guesses = np.argmax(jax.jit(model.predict_fn())(split.images), axis=-1)
+    monkeypatch.setattr("experiments._image_data.load_split", None)  # No data at all.
     assert predict.main([str(run), *paths, "--top", "1"]) == 0
-    out = capsys.readouterr().out
-    guesses = np.argmax(predict.predict(packaged, split.images), axis=-1)
-    rows = [line.split("│")[1:4] for line in out.splitlines() if ".png" in line]
-    assert [int(row[1]) for row in rows] == guesses.tolist()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if ".png" in line]
+    found = [int(next(cell for cell in row if cell.isdigit())) for row in rows]
+    assert found == guesses.tolist()
 
 
 def test_curves_of_a_run(run, tmp_path, capsys):
@@ -95,18 +106,18 @@ def damaged(path):
     return path
 
 
-def test_bad_input_is_told_in_one_line(run, packaged, tmp_path, capsys):
+def test_bad_input_is_told_in_one_line(run, model, tmp_path, capsys):
     whole = tmp_path / "whole.safetensors"
-    packaged.save(whole)
+    model.save(whole)
     (tmp_path / "image.png").write_text("no image")
     (tmp_path / "empty").mkdir()
-    packaged.save(tmp_path / "damaged.safetensors")
+    model.save(tmp_path / "damaged.safetensors")
     cases = {
         "neither a converted file nor": lambda: evaluate.main([str(tmp_path / "absent")]),
         "is not, or is damaged": lambda: evaluate.main(
             [str(damaged(tmp_path / "damaged.safetensors"))]
         ),
-        "with a recipe.json": lambda: evaluate.main([str(tmp_path / "empty")]),
+        "with recipe.json": lambda: evaluate.main([str(tmp_path / "empty")]),
         "must be an image file": lambda: predict.main([str(whole), str(tmp_path / "image.png")]),
         "No such file": lambda: predict.main([str(whole), str(tmp_path / "absent.png")]),
         "holds no image": lambda: evaluate.main([str(whole), "--split", "test[:0]"]),
@@ -127,4 +138,4 @@ def unevaluated(folder):
 def test_a_file_that_is_not_ours_is_refused(tmp_path):
     safetensors.numpy.save_file({"x": np.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"experiments\.convert"):
-        Packaged.load(tmp_path / "other.safetensors")
+        load_model(tmp_path / "other.safetensors")

@@ -1,1 +1,0 @@
-"""What ``experiments.bench`` measures, one subcommand in each file, and how it measures."""

@@ -1,0 +1,130 @@
+"""The recipes of classification, and the experiments they make."""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training.dynamic_scale import DynamicScale
+
+from experiments._image_data import Facts, ImageData
+from experiments._models import make_model, make_transform
+from experiments._recipe import Recipe
+from wsbcn_flax._extras import require
+from wsbcn_flax.tasks import Classification, Ema
+from wsbcn_flax.training import Experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe(Recipe):
+    """A run of image classification.
+
+    Attributes:
+        label_smoothing: Probability spread over all classes in the training loss.
+    """
+
+    label_smoothing: float = 0.0
+
+    def load_data(self) -> ImageData:
+        """Loads the data.
+
+        Raises:
+            DatasetNotFoundError: If they are not on this machine; says how to get them.
+            ValueError: If the batch exceeds the training set.
+        """
+        data = ImageData(self.data)
+        if self.batch.size > len(data.train_split):
+            raise ValueError(
+                f"The batch must not exceed the training set, received a batch of "
+                f"{self.batch.size} for {len(data.train_split)} images."
+            )
+        _ = data.eval_split  # What can fail fails before the first step.
+        return data
+
+    def data_of_run(self, facts: Mapping[str, Any]) -> ImageData:
+        """Returns the data of a run that kept these facts; loads only what is asked for."""
+        return ImageData(self.data, Facts.from_json(facts))
+
+    def experiment(self, data: ImageData | None = None) -> Experiment:
+        """Returns the experiment on ``data``.
+
+        Without data it can be compiled and counted, by the published sizes of the dataset.
+        """
+        data = data or ImageData.published(self.data)
+        facts = data.known_facts
+        partition_axis = None if self.batch.mode == "jit" else "data"
+        model = make_model(self, num_classes=len(facts.class_names), axis_name=partition_axis)
+        task = Classification(model=model, label_smoothing=self.label_smoothing)
+        images = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
+        transform = make_transform(self.weight, model=model, images=images)
+        steps_per_epoch = max(1, facts.train_size // self.batch.size)
+        schedule = self.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=self.epochs)
+        dtype = jnp.dtype(self.model.dtype)
+        return Experiment(
+            task=task if self.ema is None else Ema(task=task, decay=self.ema),
+            data=data,
+            optimizer=self.optim.make(schedule),
+            steps=round(self.epochs * steps_per_epoch),
+            batch=self.batch,
+            transform=transform,
+            # Only where kernels are computed is there anything to gain by writing them down.
+            kernel_dtype=None if transform is None else dtype,
+            loss_scale=DynamicScale() if dtype == jnp.float16 else None,
+            seed=self.seed,
+        )
+
+    def predict_fn(
+        self, data: ImageData, variables: Mapping[str, Any]
+    ) -> Callable[[jax.Array], jax.Array]:
+        """Returns the function from uint8 images [B, H, W, C] to logits [B, K]."""
+        facts = data.known_facts
+        model = make_model(self, num_classes=len(facts.class_names))
+        mean, std = (jnp.asarray(value, jnp.float32) for value in (facts.mean, facts.std))
+
+        def logits(images: jax.Array) -> jax.Array:
+            scaled = images.astype(jnp.float32) / 255
+            normalized = (scaled - mean[None, None, None]) / std[None, None, None]
+            return cast(jax.Array, model.apply(variables, normalized, train=False))
+
+        return logits
+
+    def raw_inputs(self, data: ImageData, batch: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype of ``batch`` images."""
+        return jax.ShapeDtypeStruct((batch, *data.known_facts.image_shape), jnp.uint8)
+
+    def read_input(self, path: Path, data: ImageData) -> np.ndarray:
+        """Reads an image file, uint8 [H, W, C]: cropped as in evaluation, or resized.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no image.
+        """
+        example: Any = {"image": path.read_bytes(), "file_name": str(path)}
+        if data.eval_transforms:
+            for transform in data.eval_transforms:
+                example = transform.map(example)
+            return example["image"]
+        pil = require("PIL.Image", extra="train")
+        height, width, channels = data.known_facts.image_shape
+        try:
+            with pil.open(io.BytesIO(example["image"])) as image:
+                resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        except pil.UnidentifiedImageError as error:
+            raise ValueError(f"{path} must be an image file, PNG or JPEG, and is none.") from error
+        return np.asarray(resized).reshape(height, width, channels)
+
+    def describe_output(
+        self, output: np.ndarray, data: ImageData, *, top: int
+    ) -> list[dict[str, str]]:
+        """Returns the most probable classes of one image, from its logits."""
+        probabilities = np.exp(output - output.max())
+        probabilities /= probabilities.sum()
+        names = data.known_facts.class_names
+        return [
+            {"class": names[index], "probability": f"{probabilities[index]:.3f}"}
+            for index in np.argsort(-output)[:top]
+        ]

@@ -1,0 +1,125 @@
+"""A trained model with all that using it takes: one safetensors file, or a run's folder."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from experiments._recipe import Recipe, WeightConfig
+from experiments.recipes import recipe_from_dict, recipe_to_dict
+from wsbcn_flax._extras import require
+from wsbcn_flax.training import Checkpointer, Data, Experiment, TrainState
+
+_KEY = "wsbcn_flax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A trained model.
+
+    Attributes:
+        recipe: Recipe that it was trained with.
+        facts: Facts of the data that it was trained on, as JSON values.
+        variables: Arrays of ``params`` and ``batch_stats``; the parameters are raw where the recipe
+            standardizes them.
+    """
+
+    recipe: Recipe
+    facts: dict[str, Any]
+    variables: dict[str, Any]
+
+    @property
+    def data(self) -> Data:
+        """The data, of which nothing is loaded."""
+        return self.recipe.data_of_run(self.facts)
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that it was trained in, and the variables are already averaged."""
+        return dataclasses.replace(self.recipe, ema=None).experiment(self.data)
+
+    @property
+    def state(self) -> TrainState:
+        """The variables as a state to evaluate, without an optimizer's."""
+        return TrainState(
+            jnp.int32(0), self.variables["params"], self.variables.get("batch_stats", {}), ()
+        )
+
+    def folded(self) -> "TrainedModel":
+        """Returns the same function with plain kernels, of which none is standardized."""
+        transform = self.experiment.transform
+        if transform is None:
+            return self
+        params = jax.device_get(transform(self.variables["params"]))
+        return dataclasses.replace(
+            self,
+            recipe=dataclasses.replace(self.recipe, weight=WeightConfig(kind="none")),
+            variables={**self.variables, "params": params},
+        )
+
+    def predict_fn(self) -> Callable[[jax.Array], Any]:
+        """Returns the function from raw inputs, such as uint8 images, to outputs."""
+        plain = self.folded()
+        variables = jax.tree.map(jnp.asarray, plain.variables)
+        return plain.recipe.predict_fn(plain.data, variables)
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file; its metadata hold everything but the arrays."""
+        fields = {"recipe": recipe_to_dict(self.recipe), "facts": self.facts}
+        arrays = traverse_util.flatten_dict(self.variables, sep="/")
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors = require("safetensors.numpy", extra="convert")
+        safetensors.save_file(arrays, path, metadata={_KEY: json.dumps(fields)})
+
+
+def load_model(path: Path) -> TrainedModel:
+    """Loads a converted file or, at its newest sound checkpoint, a run's folder.
+
+    Raises:
+        FileNotFoundError: If there is neither, or no checkpoint yet.
+        ValueError: If it is no safetensors file of this project, cut short for instance.
+    """
+    if path.is_dir():
+        return _from_run(path)
+    safetensors = require("safetensors", extra="convert")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is neither a converted file nor a run's folder.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        fields = json.loads(metadata[_KEY])
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} must be a safetensors file that `python -m experiments.convert` wrote; "
+            f"this one is not, or is damaged ({error}). Convert it again."
+        ) from error
+    variables = {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}
+    recipe = recipe_from_dict(fields["recipe"])
+    return TrainedModel(recipe=recipe, facts=fields["facts"], variables=variables)
+
+
+def _from_run(folder: Path) -> TrainedModel:
+    files = folder / "recipe.json", folder / "data.json"
+    if not all(file.is_file() for file in files):
+        raise FileNotFoundError(
+            f"{folder} must be a run's folder with recipe.json and data.json, as "
+            "`experiments.train` makes it."
+        )
+    values, facts = (json.loads(file.read_text()) for file in files)
+    recipe = recipe_from_dict(values)
+    experiment = recipe.experiment(recipe.data_of_run(facts))
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        restored = checkpointer.restore_latest(jax.eval_shape(lambda: experiment.init(0)))
+    if restored is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoint yet: train longer.")
+    state = jax.device_get(experiment.for_evaluation(restored.state))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return TrainedModel(recipe=recipe, facts=facts, variables=variables)

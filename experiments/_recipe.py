@@ -1,0 +1,175 @@
+"""Recipes: every number that a run depends on, as frozen dataclasses."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from wsbcn_flax.training import BatchConfig, Data, Experiment, OptimizerConfig
+
+Norm = Literal["bn", "gn", "ln", "in", "bcn"]
+Baseline = Literal["none", "naive_bcn", "bn_barrier"]
+Weight = Literal["none", "ws", "wn", "cwn"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A dataset, its splits and its augmentation.
+
+    Attributes:
+        name: Name of the dataset, one of ``wsbcn_flax.data.dataset_names``.
+        train_split: Training split, in the syntax of tensorflow-datasets.
+        eval_split: Evaluation split, in the same syntax.
+        crop_padding: Number of pixels padded before a random crop to the image's size. ImageNet's
+            crops are random-resized instead.
+        flip: Whether half of the images are mirrored; ImageNet's always are.
+        image_size: Side of ImageNet's crops, in pixels; other images keep their size.
+        resize: Shorter side that ImageNet's evaluation images are resized to before the crop.
+        threads: Number of threads that decode ImageNet's images.
+        data_dir: Folder of datasets; a folder in the user's cache if None.
+    """
+
+    name: str
+    train_split: str = "train"
+    eval_split: str = "test"
+    crop_padding: int = 2
+    flip: bool = False
+    image_size: int = 224
+    resize: int = 256
+    threads: int = 16
+    data_dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A network.
+
+    Attributes:
+        name: Name of the network as in a recipe's name: resnet20, wrn28_10, resnet50, ...
+        width: Channels of the stem of a CIFAR residual network; the network's own if None.
+        stem_strides: Strides of the stem of a CIFAR residual network; the network's own if None.
+        dtype: Computation dtype; parameters and statistics are float32. "float16" scales the loss.
+        remat: Whether residual blocks are computed again in the backward pass, which keeps only
+            their inputs in memory.
+    """
+
+    name: str = "resnet8"
+    width: int | None = None
+    stem_strides: int | None = None
+    dtype: Dtype = "float32"
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """A normalization.
+
+    Attributes:
+        kind: Batch, group, layer, instance or batch-channel normalization, or a baseline of
+            `experiments._baselines`.
+        groups: Number of groups of gn and of bcn's channel part, at least 1.
+        rate: Step size of the running statistics of bn and bcn; one minus Flax's momentum.
+        sync: Whether bn's batch statistics are those of all devices; mode "jit" always takes those.
+        statistics: Statistics of bcn's batch part, "estimate" or "batch".
+        order: Order of bcn's update; "normalize_first" makes the step independent of the split.
+        affine: Scale and bias of bcn's channel part, per "group" or per "channel".
+    """
+
+    kind: Norm | Baseline = "bcn"
+    groups: int = 4
+    rate: float = 0.1
+    sync: bool = False
+    statistics: Literal["estimate", "batch"] = "estimate"
+    order: Literal["update_first", "normalize_first"] = "normalize_first"
+    affine: Literal["group", "channel"] = "group"
+
+    def __post_init__(self):
+        if self.groups < 1:
+            raise ValueError(f"norm.groups must be at least 1, received {self.groups}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightConfig:
+    """A transform of convolution kernels before they are used.
+
+    Attributes:
+        kind: None, Weight Standardization, weight normalization or centered weight normalization.
+        preset: Convention of "ws": bcn, official, official_tf, bit, timm or nfnet.
+    """
+
+    kind: Weight = "none"
+    preset: str = "bcn"
+
+
+_OPTIM = OptimizerConfig(learning_rate=0.1, warmup_epochs=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run; subclasses say of which task.
+
+    Attributes:
+        data: Dataset.
+        model: Network.
+        norm: Normalization of the network.
+        weight: Transform of the network's kernels.
+        batch: Batch, and its split over devices and micro-batches.
+        optim: Optimizer and its schedule.
+        epochs: Length of training.
+        seed: Seed of initialization, order and augmentation.
+        ema: Decay of an average of the parameters that is evaluated in their place, such as 0.999;
+            None evaluates the parameters.
+    """
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    norm: NormConfig = NormConfig()
+    weight: WeightConfig = WeightConfig()
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optim: OptimizerConfig = _OPTIM
+    epochs: float = 8.0
+    seed: int = 0
+    ema: float | None = None
+
+    def __post_init__(self):
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be positive, received {self.epochs}.")
+
+    def load_data(self) -> Data:
+        """Loads the data.
+
+        Raises:
+            DatasetNotFoundError: If they are not on this machine; says how to get them.
+        """
+        raise NotImplementedError
+
+    def data_of_run(self, facts: Mapping[str, Any]) -> Data:
+        """Returns the data of a run that kept these facts; loads only what is asked for."""
+        raise NotImplementedError
+
+    def experiment(self, data: Any = None) -> Experiment:
+        """Returns the experiment on ``data``.
+
+        Without data it can be compiled and counted, by the published sizes of the dataset.
+        """
+        raise NotImplementedError
+
+    def predict_fn(self, data: Any, variables: Mapping[str, Any]) -> Callable[[jax.Array], Any]:
+        """Returns the function from raw inputs [B, ...] to outputs; it standardizes no kernel."""
+        raise NotImplementedError
+
+    def raw_inputs(self, data: Any, batch: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape and dtype of ``batch`` raw inputs."""
+        raise NotImplementedError
+
+    def read_input(self, path: Path, data: Any) -> np.ndarray:
+        """Reads a file as one raw input."""
+        raise NotImplementedError
+
+    def describe_output(self, output: Any, data: Any, *, top: int) -> list[dict[str, str]]:
+        """Returns the best predictions for one input, as rows of a table."""
+        raise NotImplementedError

@@ -1,0 +1,68 @@
+"""Tables and facts that commands print."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+Column = tuple[str, Callable[[Any], str]]
+
+
+def table(
+    title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column] | None = None
+) -> Table:
+    """Makes a table of one line for each row; a value of None is a dash.
+
+    Args:
+        title: Title of the table.
+        rows: Rows with the same keys.
+        columns: Heading and format of every key to show, in order; all keys, as they are, if None.
+    """
+    shown = columns or {key: (key, str) for key in rows[0]}
+    made = Table(
+        title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for index, (heading, _) in enumerate(shown.values()):
+        made.add_column(escape(heading), justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        cells = ((row[key], show) for key, (_, show) in shown.items())
+        made.add_row(*(escape("-" if value is None else show(value)) for value, show in cells))
+    return made
+
+
+def metric_table(title: str, metrics: Mapping[str, float]) -> Table:
+    """Makes a table of one metric a row; errors are fractions and shown in percent."""
+    rows = [
+        {"metric": name, "value": f"{100 * x:.2f} %" if name.endswith("error") else f"{x:.4f}"}
+        for name, x in metrics.items()
+    ]
+    return table(title, rows)
+
+
+def machine_facts() -> str:
+    """Says in one line what measured times depend on."""
+    return (
+        f"{os.cpu_count()} CPU cores, jax {jax.__version__}, backend {jax.default_backend()}, "
+        f"device {jax.devices()[0].device_kind}"
+    )
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises OSError now for a file that could not be written after minutes of work."""
+    if path is None:
+        return
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise type(error)(
+            f"--json must name a file that can be written, received {path}: {error.strerror}."
+        ) from error
+    if is_new:
+        path.unlink()

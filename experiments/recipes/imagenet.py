@@ -1,0 +1,29 @@
+"""ImageNet (ILSVRC 2012), as the authors of Weight Standardization train on it.
+
+    python -m experiments.train imagenet_resnet50_bcn_ws
+
+SGD with momentum 0.9 from a rate of 0.1, times 0.1 at every milestone. Weight decay of 1e-4 on all
+parameters, scales and biases included, as PyTorch's SGD applies it. Random-resized crops and flips;
+GN and BCN have 32 groups; the last scale of each residual branch starts at zero.
+"""
+
+from experiments.recipes._table import Published, Training
+
+TRAININGS = {
+    "resnet18": Training(epochs=90, milestones=(30, 60), batch=256, groups=32),
+    "resnet34": Training(epochs=90, milestones=(30, 60), batch=256, groups=32),
+    "resnet50": Training(epochs=90, milestones=(30, 60), batch=256, groups=32),
+    "resnet101": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
+    "resnet152": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
+    "resnext50_32x4d": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
+    "resnext101_32x4d": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
+}
+
+# Top-1 and top-5 error in %, and FLOPs of the convolutions, forward and backward.
+SOURCE = "the authors' Weight Standardization README"
+PUBLISHED = {
+    "imagenet_resnet50_gn_ws": Published("23.72 % top-1, 6.99 % top-5", SOURCE, 2.8e18),
+    "imagenet_resnet101_gn_ws": Published("22.10 % top-1, 6.07 % top-5", SOURCE, 6.0e18),
+    "imagenet_resnext50_32x4d_gn_ws": Published("22.71 % top-1, 6.38 % top-5", SOURCE, 3.3e18),
+    "imagenet_resnext101_32x4d_gn_ws": Published("21.80 % top-1, 6.03 % top-5", SOURCE, 6.1e18),
+}
