@@ -111,7 +111,9 @@ def compare(options: CompareOptions) -> list[Result]:
                 results.append(Result(norm, size, seed, error, loss))
                 progress.update(len(results), {f"{norm}@{size} error": error})
                 _write_json(options, results)
-    title = f"{options.data}, {options.model}: test error %, {len(options.seeds)} seeds"
+    count = len(options.seeds)
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
+    title = f"{options.data}, {options.model}: test error %, {seeds}"
     rich.print(_table(options, results, title=f"{title}, mean [min, max]"))
     if options.figure:
         lines = {

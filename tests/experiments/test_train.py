@@ -96,7 +96,7 @@ def test_help_names_every_recipe_on_two_screens(capsys):
 def test_killed_and_resumed_equals_undisturbed(tmp_path):
     """A short version of `python -m experiments.crash`."""
     options = CrashOptions(
-        recipe="digits_resnet8_bcn_ws", kills=2, epochs=1.5, checkpoint_every=5, devices=2, seed=1
+        recipe="digits_resnet8_bcn_ws", kills=1, epochs=1.5, checkpoint_every=5, devices=2, seed=1
     )
     report = crash(options, tmp_path)
     assert report.killed_at
