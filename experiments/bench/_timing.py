@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,7 @@ Call = Callable[[], Any]
 Times = Mapping[Key, np.ndarray]  # Seconds of every call, [rounds].
 Shape = tuple[int, int, int, int]
 
-PASSES = ("forward", "forward_backward")
 ELEMENTWISE: Key = ("elementwise", "forward")
-_QUICK_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Measurement(abc.ABC):
     @property
     def rounds(self) -> int:
         """Number of rounds that are timed."""
-        return min(self.repeats, _QUICK_ROUNDS) if self.quick else self.repeats
+        return min(self.repeats, 3) if self.quick else self.repeats
 
     @abc.abstractmethod
     def measure(self) -> Any:
@@ -95,15 +94,14 @@ def balanced_order(count: int, index: int) -> list[int]:
     return [(index + direction * offset) % count for offset in zigzag]
 
 
-def ratio(seconds: np.ndarray, reference: np.ndarray) -> float:
-    """Returns the median over rounds of one call's time over another's in the same round."""
-    return float(np.median(seconds / reference))
-
-
 def figures(seconds: np.ndarray, **references: np.ndarray) -> dict[str, float]:
-    """Returns ratios to references, the median in ms, and the interquartile range over it."""
+    """Returns a call's ratios to references, its median in ms, and its spread.
+
+    A ratio is the median over rounds of two times of the same round. The spread is the
+    interquartile range over the median.
+    """
     low, median, high = map(float, np.quantile(seconds, (0.25, 0.5, 0.75)))
-    ratios = {f"ratio_to_{name}": ratio(seconds, other) for name, other in references.items()}
+    ratios = {f"ratio_to_{k}": float(np.median(seconds / each)) for k, each in references.items()}
     return {**ratios, "median_ms": 1e3 * median, "spread": (high - low) / median}
 
 
@@ -113,15 +111,16 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     def text(value: Any) -> str:
         return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
-    headings = {key: key.replace("ratio_to_", "/ ").replace("median_", "") for key in rows[0]}
+    headings = {key: key.replace("ratio_to_", "/ ").replace("_", "\n") for key in rows[0]}
     rich.print(table(title, rows, {key: (heading, text) for key, heading in headings.items()}))
 
 
 def load_torch() -> Any:
-    """Imports PyTorch's side of the measurements; if it is missing, an error names its extra."""
-    torch = require("experiments.bench._torch", extra="torch")
-    print(torch.facts())
-    return torch
+    """Imports PyTorch's side of the measurements, and gives PyTorch all cores, as XLA has."""
+    torch = require("torch", extra="torch")
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    return require("experiments.bench._torch", extra="torch")
 
 
 def normal_arrays(*shapes: Shape) -> list[np.ndarray]:

@@ -1,12 +1,10 @@
 """PyTorch's normalization layers, and its training step of ResNet-50 with GN+WS.
 
-Both are measured in both memory formats, NCHW and NHWC. Importing this module takes the extra
-``torch``, and gives PyTorch all cores, as XLA has.
+Both are measured in both memory formats, NCHW and NHWC.
 """
 # pyright: reportMissingImports=false
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +19,6 @@ from experiments.bench._timing import Call, Key, Shape, normal_arrays
 
 _FORMATS = {"": torch.contiguous_format, "_nhwc": torch.channels_last}
 _EPSILON = 1e-5
-
-torch.set_num_threads(os.cpu_count() or 1)
-
-
-def facts() -> str:
-    """Describes in one line what PyTorch's times depend on."""
-    return f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def layer_calls(num_groups: int, shape: Shape) -> dict[Key, Call]:

@@ -17,8 +17,6 @@ from experiments.bench._timing import Key, Times, figures
 from experiments.recipes import get_recipe
 from wsbcn_flax._extras import require
 
-_QUICK_JPEGS = 16
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(timing.Measurement):
@@ -43,7 +41,7 @@ class Data(timing.Measurement):
 
     def measure(self) -> list[dict[str, Any]]:
         """Measures, prints a table, and returns a row for each pipeline and number of threads."""
-        files = min(self.jpegs, _QUICK_JPEGS) if self.quick else self.jpegs
+        files = min(self.jpegs, 16) if self.quick else self.jpegs
         batch = min(self.batch, files)
         with tempfile.TemporaryDirectory() as folder:
             write_jpegs(Path(folder), files)

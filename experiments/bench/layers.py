@@ -17,8 +17,8 @@ from wsbcn_flax import BatchChannelNorm
 
 _RATIOS = ("ratio_to_batchnorm", "ratio_to_naive", "ratio_to_minimum")
 _WRITTEN = ("norm", "pass", "ratio_to_batchnorm", "median_ms", "spread")
-# Memory traffic of a normalization at least, in elementwise passes, which read x and write as much:
-# x is read twice and y written; backward, x and the cotangent are read twice and dx is written.
+# Minimum memory traffic of a normalization, in elementwise passes, which read and write one array.
+# Forward, x is read twice and y written; backward adds x and the cotangent, both twice, and dx.
 _MINIMUM = {"forward": 1.5, "forward_backward": 4.0}
 
 
@@ -55,18 +55,18 @@ class Layers(timing.Measurement):
     def measure(self) -> list[dict[str, Any]]:
         """Measures, prints tables, and returns a row for each shape, layer and pass."""
         torch = timing.load_torch() if self.against else None
-        tables = {}
+        tables = []
         for shape in self.shapes:
             calls = layer_calls(normalizations(self.num_groups), shape)
             if torch is not None:
                 calls |= torch.layer_calls(self.num_groups, shape)
             seconds = timing.interleaved_seconds(calls, rounds=self.rounds)
-            tables[shape] = layer_rows(seconds)
-            timing.print_rows("Training at " + "x".join(map(str, shape)), tables[shape])
-        timing.print_rows("Geometric means over shapes", mean_rows(list(tables.values())))
+            tables.append(layer_rows(seconds))
+            timing.print_rows("Training at " + "x".join(map(str, shape)), tables[-1])
+        timing.print_rows("Geometric means over shapes", mean_rows(tables))
         return [
             {"shape": list(shape)} | {key: row[key] for key in _WRITTEN}
-            for shape, rows in tables.items()
+            for shape, rows in zip(self.shapes, tables, strict=True)
             for row in rows
         ]
 

@@ -105,7 +105,7 @@ def step_rows(seconds: Times) -> list[dict[str, Any]]:
     """Returns a row for each call, and for the time that weight standardization adds to BCN's step.
 
     All have ratios to BatchNorm's step and, as far as they were timed, to BCN+WS's, to weight
-    standardization alone, and to PyTorch's.
+    standardization alone, and to PyTorch's in both memory formats, of which the faster counts.
     """
     times = {name: each for (name, _), each in seconds.items()}
     references = {"batchnorm": times["bn"]}

@@ -11,8 +11,8 @@ import pytest
 
 from experiments.bench import layers, step
 from experiments.bench.__main__ import main
+from experiments.bench._timing import load_torch
 from wsbcn_flax import WSConv, standardize
-from wsbcn_flax._extras import require
 from wsbcn_flax.models import ResNet50
 from wsbcn_flax.transforms import import_checkpoint
 
@@ -35,7 +35,7 @@ def small_network(torch, monkeypatch):
 
 @pytest.fixture
 def theirs(torch):
-    return require("experiments.bench._torch", extra="torch")
+    return load_torch()
 
 
 @pytest.mark.parametrize("command", ["layers", "step"])
@@ -43,10 +43,11 @@ def test_a_missing_torch_is_an_error_that_names_the_extra(command, capsys, monke
     importing = importlib.import_module
 
     def import_all_but_torch(name, *package):
-        if name == "experiments.bench._torch":
-            raise ImportError("torch")
+        if name == "torch":
+            raise ImportError(name)
         return importing(name, *package)
 
+    # Without it in sys.modules, where the command line's parser looks for it.
     monkeypatch.setattr(importlib, "import_module", import_all_but_torch)
     assert main([command, "--against", "torch"]) == 1
     assert "pip install 'wsbcn_flax[torch]'" in capsys.readouterr().err.splitlines()[-1]
