@@ -6,15 +6,15 @@ from jax import lax
 
 
 class NaiveBatchChannelNorm(nn.Module):
-    """Flax's batch normalization followed by its group normalization: two passes over everything.
+    """Flax's batch normalization followed by its group normalization, in two passes over x.
 
     Attributes:
-        num_groups: groups of the second; divides the channels.
-        epsilon: added to both variances.
-        momentum: of the running statistics.
-        dtype: of the output; that of x if None.
-        use_running_average: evaluation.
-        scale_init: initializer of the second's scale.
+        num_groups: Number of groups of the group normalization; divides the channels.
+        epsilon: Constant that is added to both variances.
+        momentum: Decay of the running statistics.
+        dtype: Output dtype; defaults to the dtype of ``x``.
+        use_running_average: Whether to normalize by the running statistics, as in evaluation.
+        scale_init: Initializer of the group normalization's scale.
     """
 
     num_groups: int
@@ -51,16 +51,16 @@ class BarrierBatchNorm(nn.BatchNorm):
 
 
 class NoNorm(nn.Module):
-    """The identity, called like a normalization: the floor of what a network costs.
+    """The identity, to measure what a network costs without any normalization.
 
     Attributes:
-        scale_init: ignored, as there is no scale.
-        dtype: ignored.
+        scale_init: Initializer that other normalizations take; unused.
+        dtype: Output dtype that other normalizations take; unused.
     """
 
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     dtype: jax.typing.DTypeLike | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X itself."""
+        """Returns ``x`` unchanged."""
         return x

@@ -12,10 +12,10 @@ _WEIGHTS: tuple[str, ...] = typing.get_args(Weight)[1:]
 
 
 def with_norm(recipe: Recipe, name: str) -> Recipe:
-    """Returns the recipe with the normalization and the weights that ``name`` says.
+    """Returns the recipe with the normalization and weight transform that ``name`` gives.
 
     Args:
-        recipe: Recipe that all else is kept of, the number of groups and the preset of WS too.
+        recipe: Recipe to change; it keeps its number of groups and its preset of WS.
         name: Name {norm}[_synced][_{weight}], such as bn, bn_synced, naive_bcn or gn_ws.
 
     Raises:
@@ -51,14 +51,14 @@ def for_devices(
     mode: Literal["shard_map", "jit"] = "shard_map",
     dtype: Dtype,
 ) -> Recipe:
-    """Returns the recipe for devices that its step is compiled for; none need be here.
+    """Returns the recipe for other devices to compile its step for; none need be here.
 
     Args:
-        recipe: Recipe that all else is kept of.
-        devices: Devices, of which the number counts.
+        recipe: Recipe to change.
+        devices: Devices; only their number matters.
         per_device_batch: Number of images on each.
         micro: Number of images in a micro-batch; the device's whole batch if None.
-        mode: How devices are used.
+        mode: How devices are used; see ``Partition``.
         dtype: Computation dtype.
     """
     batch = dataclasses.replace(

@@ -1,18 +1,20 @@
 """The command `python -m experiments.bench {layers,ws,step,data}`."""
 
 import sys
-from typing import Annotated
 
 import tyro
 
 from experiments import bench
 from experiments._command import run_command
-from experiments._tables import check_writable
+from experiments._tables import check_writable, machine_facts
+from experiments.bench._timing import Measurement
 from experiments.bench.data import Data
 from experiments.bench.layers import Layers
 from experiments.bench.step import Step
 from experiments.bench.ws import WeightStandardization
 from wsbcn_flax.training.writers import write_json
+
+_MEASUREMENTS = {"layers": Layers, "ws": WeightStandardization, "step": Step, "data": Data}
 
 
 def main(argv: list[str]) -> int:
@@ -21,16 +23,11 @@ def main(argv: list[str]) -> int:
 
 
 def _measure(argv: list[str]) -> None:
-    measurement = tyro.cli(
-        Annotated[Layers, tyro.conf.subcommand("layers")]
-        | Annotated[WeightStandardization, tyro.conf.subcommand("ws")]
-        | Annotated[Step, tyro.conf.subcommand("step")]
-        | Annotated[Data, tyro.conf.subcommand("data")],
-        args=argv,
-        prog="bench",
-        description=bench.__doc__,
+    measurement: Measurement = tyro.extras.subcommand_cli_from_dict(
+        _MEASUREMENTS, args=argv, prog="bench", description=bench.__doc__
     )
     check_writable(measurement.json)
+    print(machine_facts())
     document = measurement.measure()
     if measurement.json is not None:
         write_json(measurement.json, document)

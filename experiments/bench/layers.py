@@ -9,17 +9,17 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import rich
-from rich.table import Table
 
 from experiments._baselines import NaiveBatchChannelNorm
-from experiments._tables import Column, machine_facts, table
 from experiments.bench import _timing as timing
-from experiments.bench._timing import PASSES, Call, Key, Shape
+from experiments.bench._timing import ELEMENTWISE, Call, Key, Shape, Times, figures
 from wsbcn_flax import BatchChannelNorm
 
-_REFERENCES = ("batch_norm", "naive_bcn", "torch_batch_norm")
+_RATIOS = ("ratio_to_batchnorm", "ratio_to_naive", "ratio_to_minimum")
+_WRITTEN = ("norm", "pass", "ratio_to_batchnorm", "median_ms", "spread")
+# Minimum memory traffic of a normalization, in elementwise passes, which read and write one array.
+# Forward, x is read twice and y written; backward adds x and the cotangent, both twice, and dx.
+_MINIMUM = {"forward": 1.5, "forward_backward": 4.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Layers(timing.Measurement):
     Attributes:
         shapes: Shapes of the float32 activations: batch, height, width and channels.
         num_groups: Number of groups of group and batch-channel normalization; divides all channels.
-        against: "torch" adds PyTorch's layers, each in the faster of its two memory formats.
+        against: "torch" adds PyTorch's layers, in both of its memory formats.
     """
 
     shapes: tuple[Shape, ...] = (
@@ -54,26 +54,21 @@ class Layers(timing.Measurement):
 
     def measure(self) -> list[dict[str, Any]]:
         """Measures, prints tables, and returns a row for each shape, layer and pass."""
-        torch = timing.load_torch() if self.against == "torch" else None
-        norms = normalizations(self.num_groups)
-        measured, formats, rows = [], [], []
+        torch = timing.load_torch() if self.against else None
+        tables = []
         for shape in self.shapes:
-            calls = layer_calls(norms, shape)
+            calls = layer_calls(normalizations(self.num_groups), shape)
             if torch is not None:
-                calls |= torch.layer_calls(self.num_groups, timing.normal_arrays(shape, shape))
-            of_shape = timing.shape_text(shape)
-            timed = timing.interleaved_seconds(calls, f"measure {of_shape}", rounds=self.rounds)
-            seconds, chosen = timing.keep_faster_format(timed)
-            measured.append(seconds)
-            formats += [f"{of_shape} {' '.join(key)}: {name}" for key, name in chosen.items()]
-            rows += layer_rows(shape, seconds)
-        print(machine_facts())
-        if torch is not None:
-            print(f"{torch.facts()}. Its faster formats: {', '.join(formats)}.")
-        title, key = "Time over flax BatchNorm's, in training", "ratio_to_batchnorm"
-        rich.print(timing.passes_table(title, rows, "shape", "norm", key=key))
-        rich.print(means_table(measured))
-        return rows
+                calls |= torch.layer_calls(self.num_groups, shape)
+            seconds = timing.interleaved_seconds(calls, rounds=self.rounds)
+            tables.append(layer_rows(seconds))
+            timing.print_rows("Training at " + "x".join(map(str, shape)), tables[-1])
+        timing.print_rows("Geometric means over shapes", mean_rows(tables))
+        return [
+            {"shape": list(shape)} | {key: row[key] for key in _WRITTEN}
+            for shape, rows in zip(self.shapes, tables, strict=True)
+            for row in rows
+        ]
 
 
 def normalizations(num_groups: int) -> dict[str, nn.Module]:
@@ -93,9 +88,7 @@ def layer_calls(norms: Mapping[str, nn.Module], shape: Shape) -> dict[Key, Call]
     """Makes a training call of every layer: forward, and with gradients of parameters and input.
 
     All layers see the same float32 input and cotangent, and return what training needs of them:
-    the output, the gradients and the new running statistics. Beside them stands one elementwise
-    pass, which reads x and writes an array of its size. A normalization must make at least one and
-    a half of these forward (x twice, y), and four in all (also x and the cotangent twice, dx).
+    the output, the gradients and the new running statistics. One elementwise pass over x is added.
     """
     x, cotangent = map(jnp.asarray, timing.normal_arrays(shape, shape))
     calls = timing.elementwise(x)
@@ -111,28 +104,27 @@ def layer_calls(norms: Mapping[str, nn.Module], shape: Shape) -> dict[Key, Call]
     return calls
 
 
-def layer_rows(shape: Shape, seconds: Mapping[Key, np.ndarray]) -> list[dict[str, Any]]:
-    """Returns a row for each layer and pass at one shape, as JSON values."""
-    return timing.ratio_rows(
-        seconds,
-        ("norm", "pass"),
-        "ratio_to_batchnorm",
-        lambda key: ("batch_norm", key[1]),
-        shape=list(shape),
-    )
+def layer_rows(seconds: Times) -> list[dict[str, Any]]:
+    """Returns a row for each layer and pass at one shape, with ratios to all references."""
+    return [
+        {
+            "norm": norm,
+            "pass": which,
+            **figures(
+                times,
+                batchnorm=seconds["batch_norm", which],
+                naive=seconds["naive_bcn", which],
+                minimum=_MINIMUM[which] * seconds[ELEMENTWISE],
+            ),
+        }
+        for (norm, which), times in seconds.items()
+    ]
 
 
-def means_table(measured: Sequence[Mapping[Key, np.ndarray]]) -> Table:
-    """Makes a table of geometric means over shapes of each layer's ratios to the references."""
-    rows: dict[str, dict[str, Any]] = {
-        name: {"norm": name} for name, which in measured[0] if which == "forward_backward"
-    }
-    columns: dict[str, Column] = {"norm": ("norm", str)}
-    for reference in (name for name in _REFERENCES if name in rows):
-        for which, heading in PASSES.items():
-            key = f"{reference} {which}"
-            columns[key] = (f"{heading}\n/ {reference.replace('_', ' ')}", "{:.2f}".format)
-            for name, row in rows.items():
-                ratios = (timing.ratio(x[name, which], x[reference, which]) for x in measured)
-                row[key] = statistics.geometric_mean(ratios)
-    return table("Geometric means over shapes", list(rows.values()), columns)
+def mean_rows(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns geometric means over shapes, a table of each, of the ratios of layers."""
+    return [
+        {"norm": rows[0]["norm"], "pass": rows[0]["pass"]}
+        | {key: statistics.geometric_mean(row[key] for row in rows) for key in _RATIOS}
+        for rows in zip(*tables, strict=True)
+    ]

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.bench import layers, step
 from experiments.bench.__main__ import main
-from experiments.bench._timing import keep_faster_format, load_torch, normal_arrays
+from experiments.bench._timing import load_torch
 from wsbcn_flax import WSConv, standardize
 from wsbcn_flax.models import ResNet50
 from wsbcn_flax.transforms import import_checkpoint
@@ -26,6 +26,14 @@ def torch():
 
 
 @pytest.fixture
+def small_network(torch, monkeypatch):
+    """Makes torchvision's ResNet-50 a network of one block in each stage."""
+    models = pytest.importorskip("torchvision").models.resnet
+    small = functools.partial(models.ResNet, models.Bottleneck, (1, 1, 1, 1))
+    monkeypatch.setattr("torchvision.models.resnet50", small)
+
+
+@pytest.fixture
 def theirs(torch):
     return load_torch()
 
@@ -34,10 +42,10 @@ def theirs(torch):
 def test_a_missing_torch_is_an_error_that_names_the_extra(command, capsys, monkeypatch):
     importing = importlib.import_module
 
-    def import_all_but_torch(name):
+    def import_all_but_torch(name, *package):
         if name == "torch":
             raise ImportError(name)
-        return importing(name)
+        return importing(name, *package)
 
     # Without it in sys.modules, where the command line's parser looks for it.
     monkeypatch.setattr(importlib, "import_module", import_all_but_torch)
@@ -45,25 +53,12 @@ def test_a_missing_torch_is_an_error_that_names_the_extra(command, capsys, monke
     assert "pip install 'wsbcn_flax[torch]'" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_format_of_the_lower_median_is_kept():
-    seconds = {
-        ("bn", "forward"): np.array([1.0]),
-        ("torch/contiguous", "forward"): np.array([3.0, 3.0, 0.0]),
-        ("torch/channels_last", "forward"): np.array([2.0, 2.0, 9.0]),
-    }
-    kept, formats = keep_faster_format(seconds)
-    assert list(kept) == [("bn", "forward"), ("torch", "forward")]
-    assert kept["torch", "forward"][0] == 2
-    assert formats == {("torch", "forward"): "channels_last"}
-
-
 def test_layers_compute_what_ours_do(theirs):
-    calls = theirs.layer_calls(GROUPS, normal_arrays(SHAPE, SHAPE))
+    calls = theirs.layer_calls(GROUPS, SHAPE)
     ours = layers.layer_calls(layers.normalizations(GROUPS), SHAPE)
     for name in ("batch_norm", "group_norm", "naive_bcn"):
         y, (_, dx), _ = ours[name, "forward_backward"]()
-        for memory_format in ("contiguous", "channels_last"):
-            key = f"torch_{name}/{memory_format}"
+        for key in (f"torch_{name}", f"torch_{name}_nhwc"):
             their_y, (their_dx, *_) = calls[key, "forward_backward"]()
             for received, expected in (
                 (their_y, y),
@@ -79,29 +74,31 @@ def test_layers_adds_torchs_rows(torch, tmp_path, capsys):
     options = ["--shapes", *map(str, SHAPE), "--num-groups", str(GROUPS), "--repeats", "1"]
     assert main(["layers", *options, "--against", "torch", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
-    names = list(dict.fromkeys(row["norm"] for row in rows))
-    assert names[-3:] == ["torch_batch_norm", "torch_group_norm", "torch_naive_bcn"]
+    theirs = {row["norm"] for row in rows} - layers.normalizations(GROUPS).keys() - {"elementwise"}
+    names = ["torch_batch_norm", "torch_group_norm", "torch_naive_bcn"]
+    assert theirs == {*names, *(f"{name}_nhwc" for name in names)}
     keys = {"shape", "norm", "pass", "ratio_to_batchnorm", "median_ms", "spread"}
     assert all(set(row) == keys for row in rows)
-    assert "Its faster formats: 2x4x4x8 torch_batch_norm forward: c" in capsys.readouterr().out
+    assert "PyTorch" in capsys.readouterr().out
 
 
 def test_kernels_are_standardized_as_ours(torch, theirs):
-    conv = theirs.StandardizedConv(3, 8, 2, bias=False)
-    kernel = conv.weight.detach().numpy().transpose(2, 3, 1, 0)
-    # A convolution of the unit impulses of a window gives back the kernel.
-    impulses = torch.eye(12).reshape(12, 3, 2, 2)
-    received = conv(impulses).detach().numpy()[:, :, 0, 0].reshape(3, 2, 2, 8)
-    np.testing.assert_allclose(received.transpose(1, 2, 0, 3), standardize(kernel), atol=1e-5)
+    kernel = torch.randn(8, 3, 2, 2)
+    received = theirs.WeightStandardization()(kernel).numpy().transpose(2, 3, 1, 0)
+    expected = standardize(kernel.numpy().transpose(2, 3, 1, 0))
+    np.testing.assert_allclose(received, expected, atol=1e-5)
 
 
 def test_the_network_is_ours(torch, theirs):
     """Its parameters, by the names of the authors' checkpoint, give the same logits."""
-    network = theirs.GroupNormResNet()
+    network = theirs.resnet50_gn_ws()
     for block in network.modules():
         if hasattr(block, "bn3"):  # Else the branches add nothing.
             torch.nn.init.ones_(block.bn3.weight)
-    arrays = {name: array.numpy() for name, array in network.state_dict().items()}
+    arrays = {
+        name.replace("parametrizations.weight.original", "weight"): array.numpy()
+        for name, array in network.state_dict().items()
+    }
     variables = import_checkpoint(arrays, "R-50-GN-WS")
     norm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=1e-5)
     model = ResNet50(conv=WSConv, norm=norm)
@@ -112,28 +109,21 @@ def test_the_network_is_ours(torch, theirs):
     np.testing.assert_allclose(logits, expected, atol=1e-2 * np.abs(expected).max())
 
 
-def test_step_adds_our_row_and_torchs(theirs, tmp_path, capsys, monkeypatch):
-    class Nothing:
-        image_size = 16
-
-        def __init__(self, *_, **__): ...
-        def __call__(self): ...
-
-    monkeypatch.setattr(step, "TrainingCall", Nothing)
-    small = theirs.GroupNormResNet
-    monkeypatch.setattr(theirs, "GroupNormResNet", lambda: small((1,), 1000))
+def test_step_adds_our_row_and_torchs(small_network, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "training_call", lambda *_, **__: lambda: None)
     path = tmp_path / "step.json"
     options = ["--norms", "bn", "--image-size", "16", "--repeats", "1", "--json", str(path)]
     assert main(["step", *options, "--against", "torch"]) == 0
-    document = json.loads(path.read_text())
-    assert [row["norm"] for row in document["rows"]] == ["bn", "gn_ws", "torch_gn_ws"]
-    assert set(document["torch"]) == {"version", "memory_format", "ratio_to_torch"}
-    assert "as long as in PyTorch" in " ".join(capsys.readouterr().out.split())
+    rows = {row["norm"]: row for row in json.loads(path.read_text())}
+    assert set(rows) == {"bn", "gn_ws", "torch_gn_ws", "torch_gn_ws_nhwc"}
+    assert rows["gn_ws"]["ratio_to_torch_gn_ws"] > 0
+    assert rows["torch_gn_ws"]["ratio_to_torch_gn_ws"] == 1
+    assert "PyTorch" in capsys.readouterr().out
 
 
-def test_torchs_step_trains(theirs):
-    batch = step.random_batch((2, 16, 16, 3))
-    call = theirs.training_call(theirs.GroupNormResNet((1,), 10), batch, "channels_last")
-    losses = [call() for _ in range(3)]
+@pytest.mark.parametrize("name", ["torch_gn_ws", "torch_gn_ws_nhwc"])
+def test_torchs_step_trains(theirs, small_network, name):
+    calls = theirs.step_calls("torch_gn_ws", step.random_batch((2, 32, 32, 3)))
+    losses = [calls[name, "step"]() for _ in range(3)]
     assert np.isfinite(losses).all()
     assert losses[2] < losses[0]
