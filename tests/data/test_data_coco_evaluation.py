@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import warnings
@@ -22,6 +23,8 @@ from wsbcn_flax.data import (
     eval_batches,
     load_coco,
 )
+from wsbcn_flax.tasks import Mean
+from wsbcn_flax.training import Average, evaluate
 
 TRANSFORMS = (
     RasterizeMasks(),
@@ -170,6 +173,27 @@ def test_the_other_backend_gives_the_same_numbers(file, truth):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=1e-9), key
+
+
+def test_it_is_an_evaluator_beside_others(file, truth):
+    def step(state, batch):
+        return batch | {"loss": Mean(batch["valid"].sum(), batch["mask"].sum())}
+
+    made = (Average, functools.partial(CocoEvaluator, file))
+    metrics = evaluate(step, None, worse(truth), evaluators=made)
+    assert metrics.pop("loss") > 0
+    assert metrics == score(file, worse(truth))
+
+
+def test_a_truth_without_masks(file, truth, tmp_path):
+    content = json.loads(file.read_text())
+    del content["annotations"][2]["segmentation"]
+    other = tmp_path / "boxes.json"
+    other.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"boxes\.json: .* 1 without one, such as 102; leave"):
+        score(other, truth)
+    boxes = [{k: v for k, v in batch.items() if k != "masks"} for batch in truth]
+    assert score(other, boxes)["box_AP"] == 1
 
 
 def test_rejects(file, truth):

@@ -26,7 +26,7 @@ from wsbcn_flax.data._normalization import (
     Normalize,
     channel_statistics,
 )
-from wsbcn_flax.data._object_masks import RasterizeMasks, encode_rle, paste_mask
+from wsbcn_flax.data._object_masks import RasterizeMasks, decode_rle, encode_rle, paste_mask
 from wsbcn_flax.data._objects import (
     CAFFE_BGR_STATISTICS,
     DecodeAnnotatedImage,
@@ -70,6 +70,7 @@ __all__ = [
     "bucketed_train_batches",
     "channel_statistics",
     "dataset_names",
+    "decode_rle",
     "default_data_dir",
     "encode_rle",
     "eval_batches",

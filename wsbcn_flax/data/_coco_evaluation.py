@@ -16,6 +16,7 @@ from wsbcn_flax.data._coco_file import label_of_category, read_coco_file
 from wsbcn_flax.data._object_masks import encode_rle, paste_mask
 
 Backend = Literal["pycocotools", "faster_coco_eval"]
+_OUTPUTS = ("id", "image_hw", "boxes", "scores", "labels", "valid", "masks")
 # The first six numbers of COCO's summary, and the recall with 100 detections.
 _METRICS = {0: "AP", 1: "AP50", 2: "AP75", 3: "AP_small", 4: "AP_medium", 5: "AP_large", 8: "AR"}
 
@@ -33,7 +34,8 @@ class CocoEvaluator:
     - "id" ``[B]``: id of the image in the annotation file;
     - "mask" ``[B]``, if the batch has one: 0 for the filling of the last batch.
 
-    Boxes are scaled to the original image, and masks pasted there, by ``paste_mask``. Metrics are
+    Other entries, such as means of losses, are ignored. Boxes are scaled to the original image,
+    and masks are pasted there by `paste_mask`. Metrics are
     fractions: ``box_AP`` over IoU 0.5 to 0.95, ``box_AP50``, ``box_AP75``, ``box_AP_small``,
     ``box_AP_medium``, ``box_AP_large``, ``box_AR`` with 100 detections, and those of masks. A
     metric of a size that no object has is left out. Source: https://cocodataset.org/#detection-eval
@@ -48,8 +50,32 @@ class CocoEvaluator:
 
     Raises:
         ValueError: If the annotation file is not in the format; while adding, for an image or a
-            label that it does not have; without an image.
+            label that it does not have, or masks that it lacks; without an image.
         ImportError: If the backend is not installed; names the extra.
+
+    Example:
+        A cat, found where it is in an image that was enlarged twice:
+
+        >>> import json, pathlib, tempfile
+        >>> import numpy as np
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "cats.json"
+        >>> content = {
+        ...     "images": [{"id": 7, "file_name": "cat.jpg", "height": 8, "width": 16}],
+        ...     "categories": [{"id": 17, "name": "cat"}],
+        ...     "annotations": [{"id": 1, "image_id": 7, "category_id": 17, "bbox": [2, 3, 5, 4]}],
+        ... }
+        >>> _ = file.write_text(json.dumps(content))
+        >>> evaluator = CocoEvaluator(file)
+        >>> evaluator.add({
+        ...     "id": np.array([7]),
+        ...     "image_hw": np.array([[16, 32]]),
+        ...     "boxes": np.array([[[4, 6, 14, 14]]]),
+        ...     "scores": np.array([[0.9]]),
+        ...     "labels": np.array([[1]]),
+        ...     "valid": np.array([[True]]),
+        ... })
+        >>> round(evaluator.result()["box_AP"], 6)
+        1.0
     """
 
     def __init__(
@@ -61,7 +87,8 @@ class CocoEvaluator:
         backend: Backend = "pycocotools",
     ):
         self._truth_class, self._evaluation_class = _import_backend(backend)
-        self._path, self._results_path, self._pixel = Path(annotations), results, pixel
+        self._path, self._pixel = Path(annotations), pixel
+        self._results_path = None if results is None else Path(results)
         self._content = read_coco_file(annotations)
         self._images = {image["id"]: image for image in self._content["images"]}
         self._category = {v: k for k, v in label_of_category(self._content).items()}
@@ -71,10 +98,13 @@ class CocoEvaluator:
 
     def add(self, outputs: Mapping[str, Any]) -> None:
         """Takes the detections in one batch."""
-        self._has_masks |= "masks" in outputs
-        wanted = np.asarray(outputs.get("mask", np.ones(len(outputs["id"]))), bool)
+        if "masks" in outputs and not self._has_masks:
+            self._check_masks()
+            self._has_masks = True
+        found = {key: np.asarray(outputs[key]) for key in _OUTPUTS if key in outputs}
+        wanted = np.asarray(outputs.get("mask", np.ones(len(found["id"]))), bool)
         for row in np.flatnonzero(wanted):
-            self._add_image({key: np.asarray(value)[row] for key, value in outputs.items()})
+            self._add_image({key: value[row] for key, value in found.items()})
 
     def result(self) -> dict[str, float]:
         """Returns the metrics, and writes the results if a file was given.
@@ -84,12 +114,21 @@ class CocoEvaluator:
         if not self._seen:
             raise ValueError("Evaluation needs at least one image, received none")
         if self._results_path is not None:
-            Path(self._results_path).write_text(json.dumps(self._results))
+            self._results_path.parent.mkdir(parents=True, exist_ok=True)
+            self._results_path.write_text(json.dumps(self._results))
         with contextlib.redirect_stdout(io.StringIO()):  # Both backends print as they go.
             metrics = self._score("bbox", "box", without="segmentation")
             if self._has_masks:
                 metrics |= self._score("segm", "mask", without="bbox")
         return metrics
+
+    def _check_masks(self) -> None:
+        bare = [each["id"] for each in self._content["annotations"] if not each["segmentation"]]
+        if bare:
+            raise ValueError(
+                f"{self._path}: annotations must have a segmentation for masks to be scored, "
+                f"received {len(bare)} without one, such as {bare[0]}; leave out the masks"
+            )
 
     def _add_image(self, outputs: Mapping[str, np.ndarray]) -> None:
         image = self._images.get(int(outputs["id"]))

@@ -1,6 +1,7 @@
 """Reads annotation files in COCO's format, and says what is wrong with a bad one."""
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -97,7 +98,7 @@ def _complete(annotation: dict[str, Any], sizes: Mapping[int, Any], categories: 
             f"category_id must be in 'categories', received {annotation['category_id']!r}"
         )
     box = annotation["bbox"]
-    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
+    if not (isinstance(box, list) and len(box) == 4 and _are_finite(box)):
         raise ValueError(f"bbox must be [x, y, width, height] in pixels, received {box!r}")
     annotation.setdefault("iscrowd", 0)
     annotation.setdefault("area", box[2] * box[3])
@@ -122,8 +123,11 @@ def _complete(annotation: dict[str, Any], sizes: Mapping[int, Any], categories: 
 
 
 def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and len(value) % 2 == 0 and all(map(_is_finite, value))
+    return isinstance(value, list) and len(value) % 2 == 0 and _are_finite(value)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e9
+def _are_finite(values: list[Any]) -> bool:
+    try:
+        return all(map(math.isfinite, values))
+    except (TypeError, OverflowError):
+        return False

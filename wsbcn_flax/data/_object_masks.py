@@ -49,34 +49,51 @@ class RasterizeMasks:
         return {key: element[key] for key in element if key != "segmentations"} | {"masks": masks}
 
     def _draw(self, segmentation: Any, box: np.ndarray) -> np.ndarray:
-        coco_mask = require("pycocotools.mask", extra="coco")
         corner, sides = box[:2], box[2:] - box[:2]
         if isinstance(segmentation, Mapping):
-            whole = coco_mask.decode(compress_rle(segmentation))
+            whole = decode_rle(segmentation)
             centres = corner + (np.arange(self.size)[:, np.newaxis] + 0.5) / self.size * sides
             x, y = np.minimum(centres.astype(int), np.array(whole.shape)[::-1] - 1).T
             return whole[np.ix_(y, x)]
+        coco_mask = require("pycocotools.mask", extra="coco")
         polygons = [
             ((polygon.reshape(-1, 2) - corner) * (self.size / sides)).ravel().tolist()
             for polygon in segmentation
         ]
-        return coco_mask.decode(
-            coco_mask.merge(coco_mask.frPyObjects(polygons, self.size, self.size))
-        )
-
-
-def compress_rle(rle: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns an RLE whose counts are text; a list of counts is encoded."""
-    if not isinstance(rle["counts"], list):
-        return rle
-    return require("pycocotools.mask", extra="coco").frPyObjects(rle, *rle["size"])
+        parts = coco_mask.frPyObjects(polygons, self.size, self.size)
+        return coco_mask.decode(coco_mask.merge(parts))
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """Encodes a mask ``[H, W]`` of zeros and ones as COCO's compressed RLE, ready for JSON."""
+    """Encodes zeros and ones ``[H, W]`` as COCO's compressed run-length code, ready for JSON.
+
+    Raises:
+        ImportError: If pycocotools is not installed; names the extra.
+
+    Example:
+        >>> import numpy as np
+        >>> encode_rle(np.eye(3))
+        {'size': [3, 3], 'counts': '013000'}
+    """
     coco_mask = require("pycocotools.mask", extra="coco")
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
+def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
+    """Decodes a run-length code, whose counts are text or a list, to uint8 ``[H, W]``.
+
+    Raises:
+        ValueError: If the counts are damaged.
+        ImportError: If pycocotools is not installed; names the extra.
+
+    Example:
+        >>> decode_rle({"size": [2, 3], "counts": [1, 2, 3]}).tolist()
+        [[0, 1, 0], [1, 0, 0]]
+    """
+    coco_mask = require("pycocotools.mask", extra="coco")
+    is_list = isinstance(rle["counts"], list)
+    return coco_mask.decode(coco_mask.frPyObjects(rle, *rle["size"]) if is_list else rle)
 
 
 def paste_mask(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndarray:

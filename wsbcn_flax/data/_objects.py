@@ -105,6 +105,13 @@ class RandomFlipObjects:
     """Left-right mirror images with probability 1/2, boxes and masks included.
 
     It comes before `PadImage` and `PadBoxes`.
+
+    Example:
+        >>> import numpy as np
+        >>> element = {"image": np.zeros((4, 8, 3)), "boxes": np.float32([[0, 1, 2, 3]])}
+        >>> flipped = RandomFlipObjects().random_map(element, np.random.default_rng(0))
+        >>> flipped["boxes"].tolist()
+        [[6.0, 1.0, 8.0, 3.0]]
     """
 
     def random_map(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
