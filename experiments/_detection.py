@@ -1,0 +1,237 @@
+"""The recipes of detection, and the experiments they make."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments._detection_data import CocoConfig, DetectionData
+from experiments._models import MODELS, make_norm
+from experiments._recipe import Dtype, Recipe
+from wsbcn_flax import WeightStandardization, models
+from wsbcn_flax.data import DecodeImage, PadImage
+from wsbcn_flax.data._decoding import resize
+from wsbcn_flax.models.detection import MaskRCNN
+from wsbcn_flax.ops.detection import AUTHORS, TORCHVISION, BoxConvention
+from wsbcn_flax.tasks import Detection, Ema
+from wsbcn_flax.training import Experiment
+from wsbcn_flax.transforms import normalized_convolutions
+
+CONVENTIONS: dict[str, BoxConvention] = {
+    "authors": AUTHORS,
+    "authors_per_image": dataclasses.replace(AUTHORS, proposals_per="image"),
+    "torchvision": TORCHVISION,
+}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "r50": MODELS["resnet50"],
+    "r101": MODELS["resnet101"],
+    "x50": MODELS["resnext50_32x4d"],
+    "x101": MODELS["resnext101_32x4d"],
+    "tiny": functools.partial(
+        models.ResNet,
+        stage_sizes=(1, 1, 1, 1),
+        features=64,
+        stem_features=16,
+        block=models.Bottleneck,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """A detector.
+
+    Attributes:
+        backbone: Name of the backbone: r50, r101, x50, x101 or tiny.
+        with_mask: Whether to segment objects (Mask R-CNN) or only to box them (Faster R-CNN).
+        features: Number of channels of the pyramid and of the heads.
+        hidden: Number of channels of the box head's dense layer.
+        frozen_stages: Number of parts of the backbone that are not trained: 2 are the stem and the
+            first stage.
+        convention: Convention of boxes, anchors and targets: "torchvision", "authors", or
+            "authors_per_image", which selects proposals in each image. With "authors" the step
+            depends on how the batch is split.
+        leave_out_padding: Whether padding stays out of the statistics.
+        anchor_sizes: Sides of the anchors of the five levels, in pixels.
+        anchors: Number of anchors sampled in an image.
+        regions: Number of regions sampled in an image.
+        proposals: Number of proposals of an image in training and in evaluation.
+        dtype: Computation dtype; parameters, statistics, boxes and scores are float32.
+        remat: Whether residual blocks are computed again in the backward pass.
+    """
+
+    backbone: str = "r50"
+    with_mask: bool = True
+    features: int = 256
+    hidden: int = 1024
+    frozen_stages: int = 2
+    convention: Literal["authors", "authors_per_image", "torchvision"] = "authors_per_image"
+    leave_out_padding: bool = False
+    anchor_sizes: tuple[float, float, float, float, float] = (32, 64, 128, 256, 512)
+    anchors: int = 256
+    regions: int = 512
+    proposals: tuple[int, int] = (2000, 1000)
+    dtype: Dtype = "float32"
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectionRecipe(Recipe):
+    """A run of Faster R-CNN or Mask R-CNN."""
+
+    data: CocoConfig
+    model: DetectorConfig = DetectorConfig()
+
+    def load_data(self) -> DetectionData:
+        """Indexes the data.
+
+        Raises:
+            FileNotFoundError: If files are missing; says how to get them.
+            ValueError: For an annotation file that is not in the format; names it.
+        """
+        data = DetectionData(self.data, self.model.with_mask)
+        _ = data.train_source, data.eval_source  # What can fail fails before the first step.
+        return data
+
+    def data_of_run(self, facts: Mapping[str, Any]) -> DetectionData:
+        """Returns the data of a run that kept these facts; indexes only what is asked for."""
+        return DetectionData(self.data, self.model.with_mask, facts)
+
+    def experiment(self, data: DetectionData | None = None) -> Experiment:
+        """Returns the experiment on ``data``.
+
+        Without data it can be compiled and counted, by the published sizes of the dataset.
+        """
+        data = data or self.data_of_run(PUBLISHED_FACTS[self.data.name])
+        task = self.task(data)
+        evaluator = functools.partial(data.evaluator, pixel=task.convention.pixel)
+        steps_per_epoch = max(1, data.facts()["train_size"] // self.batch.size)
+        schedule = self.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=self.epochs)
+        transform = self._transform(task.model)
+        return Experiment(
+            task=task if self.ema is None else Ema(task=task, decay=self.ema),
+            data=data,
+            optimizer=self.optim.make(schedule),
+            steps=round(self.epochs * steps_per_epoch),
+            batch=self.batch,
+            transform=transform,
+            kernel_dtype=None if transform is None else jnp.dtype(self.model.dtype),
+            evaluators=(evaluator,),
+            seed=self.seed,
+        )
+
+    def task(self, data: DetectionData) -> Detection:
+        """Returns the detector of the classes in ``data`` with its losses."""
+        config = self.model
+        norm, dtype = make_norm(self.norm), jnp.dtype(config.dtype)
+        block = BACKBONES[config.backbone].keywords["block"]  # pyright: ignore[reportFunctionMemberAccess]
+        backbone = BACKBONES[config.backbone](
+            num_classes=None,
+            frozen_stages=config.frozen_stages,
+            norm=norm,
+            dtype=dtype,
+            **({"block": nn.remat(block)} if config.remat else {}),
+        )
+        return Detection(
+            model=MaskRCNN(
+                backbone=backbone,
+                num_classes=len(data.class_names) - 1,
+                with_mask=config.with_mask,
+                features=config.features,
+                hidden=config.hidden,
+                norm=norm,
+                dtype=dtype,
+            ),
+            convention=CONVENTIONS[config.convention],
+            leave_out_padding=config.leave_out_padding,
+            anchor_sizes=config.anchor_sizes,
+            anchors=config.anchors,
+            regions=config.regions,
+            proposals=config.proposals,
+            seed=self.seed,
+        )
+
+    def _transform(self, model: MaskRCNN) -> WeightStandardization | None:
+        if self.weight.kind == "none":
+            return None
+        images = jnp.zeros((1, 64, 64, 3))
+        # A stop of the gradient hides what comes before it.
+        whole = model.clone(backbone=model.backbone.clone(frozen_stages=0))
+        where = normalized_convolutions(whole, images, train=False)
+        preset = self.weight.preset if self.weight.kind == "ws" else self.weight.kind
+        return WeightStandardization(preset=preset, where=where)
+
+    def predict_fn(
+        self, data: DetectionData, variables: Mapping[str, Any]
+    ) -> Callable[[Any], dict[str, jax.Array]]:
+        """Returns the function from padded images, as `read_input` makes them, to detections."""
+        task = self.task(data)
+        mean, std = (jnp.asarray(value, jnp.float32) for value in data.statistics)
+
+        def detect(inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            images, image_hw = inputs["image"], inputs["image_hw"]
+            images = images[..., ::-1] if self.data.caffe else images
+            normalized = images.astype(jnp.float32) / 255 - mean[None, None, None]
+            normalized = normalized / std[None, None, None]
+            # Padding is zero after the normalization, as in training.
+            inside = [
+                jnp.arange(images.shape[axis])[None] < image_hw[:, axis - 1, None]
+                for axis in (1, 2)
+            ]
+            valid = inside[0][:, :, None, None] & inside[1][:, None, :, None]
+            batch = {"image": jnp.where(valid, normalized, 0), "image_hw": image_hw}
+            return task.evaluate(variables["params"], variables.get("batch_stats", {}), batch)
+
+        return detect
+
+    def raw_inputs(self, data: DetectionData, batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of ``batch`` padded images and of their sizes."""
+        return {
+            "image": jax.ShapeDtypeStruct((batch, *self.data.buckets[0], 3), jnp.uint8),
+            "image_hw": jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+        }
+
+    def read_input(self, path: Path, data: DetectionData) -> dict[str, np.ndarray]:
+        """Reads an image file, resized to fit the first bucket and padded to it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no image.
+        """
+        example = DecodeImage().map({"image": path.read_bytes(), "file_name": str(path)})
+        height, width = example["image"].shape[:2]
+        h, w = data.resize.size(height, width)
+        ratio = min(1, self.data.buckets[0][0] / h, self.data.buckets[0][1] / w)
+        image = resize(example["image"], max(1, int(h * ratio)), max(1, int(w * ratio)))
+        padded = PadImage(buckets=self.data.buckets[:1]).map({"image": image})
+        return {"image": padded["image"], "image_hw": padded["image_hw"]}
+
+    def describe_output(
+        self, output: Mapping[str, np.ndarray], data: DetectionData, *, top: int
+    ) -> list[dict[str, str]]:
+        """Returns the surest detections in one image, with boxes in shares of its sides."""
+        height, width = output["image_hw"]
+        boxes = output["boxes"] / np.array([width, height, width, height])
+        return [
+            {
+                "class": data.class_names[output["labels"][slot]],
+                "score": f"{output['scores'][slot]:.3f}",
+                "box (x1 y1 x2 y2)": " ".join(f"{value:.3f}" for value in boxes[slot]),
+            }
+            for slot in np.flatnonzero(output["valid"])[:top]
+        ]
+
+
+def _published_facts(classes: int, train_size: int) -> dict[str, Any]:
+    names = ["background", *map(str, range(1, classes + 1))]
+    return {"train_size": train_size, "class_names": names}
+
+
+# Of COCO 2017 117,266 training images have an object.
+PUBLISHED_FACTS = {"coco": _published_facts(80, 117_266), "scenes": _published_facts(10, 9_000)}

@@ -1,0 +1,44 @@
+"""Fashion-MNIST items on photographs, which `python -m experiments.scenes` writes.
+
+    python -m experiments.train scenes_mask_rcnn_tiny_bcn_ws --batch.micro 1
+
+A network of 1.3 million parameters with one block in each stage, trained from scratch on images of
+128 pixels. Adam with a rate of 1e-3 for a batch of 8 images, cosine decay after a warm-up.
+"""
+
+import dataclasses
+
+from experiments._detection import DetectionRecipe, DetectorConfig
+from experiments._detection_data import CocoConfig
+from experiments._recipe import NormConfig, WeightConfig
+from wsbcn_flax.training import BatchConfig, OptimizerConfig
+
+MODELS = ("mask_rcnn_tiny", "faster_rcnn_tiny")
+
+
+def make_recipe(model: str, norm: NormConfig, weight: WeightConfig) -> DetectionRecipe:
+    """Returns the recipe of a model such as mask_rcnn_tiny."""
+    return DetectionRecipe(
+        data=CocoConfig(
+            name="scenes", shorter=128, longer=128, buckets=((128, 128),), slots=8, threads=2
+        ),
+        model=DetectorConfig(
+            backbone="tiny",
+            with_mask=model.startswith("mask"),
+            features=64,
+            hidden=256,
+            frozen_stages=0,
+            convention="torchvision",
+            anchor_sizes=(16, 32, 64, 96, 128),
+            anchors=64,
+            regions=64,
+            proposals=(200, 100),
+        ),
+        norm=dataclasses.replace(norm, groups=8),
+        weight=dataclasses.replace(weight, preset="official"),
+        batch=BatchConfig(size=8),
+        optim=OptimizerConfig(
+            kind="adamw", learning_rate=1e-3, weight_decay=1e-2, warmup_epochs=0.1
+        ),
+        epochs=2000 / (9000 // 8),
+    )
