@@ -82,7 +82,8 @@ class CentralCrop:
         image, size = element["image"], self.image_size
         shorter = min(image.shape[:2])
         height, width = (side * self.resize // shorter for side in image.shape[:2])
-        top, left = central_box(size, size, of=(height, width))
+        # Rounded as torchvision does.
+        top, left = round((height - size) / 2), round((width - size) / 2)
         resized = resize(image, height, width)
         return {**element, "image": resized[top : top + size, left : left + size]}
 
@@ -93,11 +94,6 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (width, height), interpolation=method)
-
-
-def central_box(height: int, width: int, *, of: tuple[int, int]) -> tuple[int, int]:
-    """Returns top and left of a box in the middle of an image, rounded as torchvision does."""
-    return round((of[0] - height) / 2), round((of[1] - width) / 2)
 
 
 def check_image_size(image_size: int) -> None:
