@@ -70,11 +70,10 @@ class CentralCrop:
     resize: int = 256
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size)
-        if self.resize < self.image_size:
+        if not 1 <= self.image_size <= self.resize:
             raise ValueError(
-                f"resize must be at least image_size={self.image_size}, or the crop would leave "
-                f"the image; received {self.resize}"
+                "image_size must be positive and resize at least as large, or the crop would leave "
+                f"the image; received {self.image_size} and {self.resize}"
             )
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,12 +93,6 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (width, height), interpolation=method)
-
-
-def check_image_size(image_size: int) -> None:
-    """Raises ValueError unless a side is positive."""
-    if image_size < 1:
-        raise ValueError(f"image_size must be a positive number of pixels, received {image_size}")
 
 
 @functools.cache

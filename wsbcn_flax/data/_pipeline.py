@@ -7,6 +7,7 @@ is cheap and touching pixels is not.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -95,18 +96,21 @@ def train_batches(
         )
     if seed < 0 or start_step < 0:
         raise ValueError(f"seed and start_step must be >= 0, received {seed} and {start_step}")
-    grain = require("grain", extra="train")
     order_seed, example_seed, batch_seed = map(int, np.random.SeedSequence(seed).generate_state(3))
-    order = grain.MapDataset.range(len(source)).seed(order_seed).shuffle().repeat()
     read = _Reader(source, example, num_threads, example_seed)
+
+    @functools.lru_cache(maxsize=2)  # A batch may hold the end of one epoch and the next's start.
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((order_seed, epoch)).permutation(len(source))
 
     def make(step: int) -> Batch:
         places = range(step * batch_size, (step + 1) * batch_size)[rows]
+        indices = [int(order(place // len(source))[place % len(source)]) for place in places]
         rng = _RowsOfDraws(batch_size, rows, np.random.default_rng((batch_seed, step)))
-        return _transform(read([order[place] for place in places], places), batch, rng)
+        return _transform(read(indices, places), batch, rng)
 
     iterator = _iterate(make, sys.maxsize // batch_size, num_threads)
-    grain.experimental.set_next_index(iterator, start_step)
+    require("grain", extra="train").experimental.set_next_index(iterator, start_step)
     return iterator
 
 

@@ -1,7 +1,7 @@
 """Sources of labelled images: in memory, and encoded ones that are decoded on the fly."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from wsbcn_flax.data._pipeline import Source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Described:
+class _Described(Sized):
     num_classes: int
     name: str
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not len(self):
+            raise ValueError(f"{self.name}: there must be at least one image, received none")
         names, count = tuple(self.class_names), self.num_classes
         if names and len(names) != count:
             raise ValueError(
@@ -56,21 +58,15 @@ class ImageSource(_Described):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        images, labels = self.images, self.labels
-        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        images, labels, count = self.images, self.labels, self.num_classes
+        kinds = images.dtype == np.uint8 and images.ndim == 4, labels.dtype == np.int32
+        shapes = images.size and labels.shape == images.shape[:1]
+        if not all(kinds) or not shapes or labels.min() < 0 or labels.max() >= count:
             raise ValueError(
-                f"{self.name}: images must be uint8 [N, height, width, channels] and not empty, "
-                f"received {images.dtype} {list(images.shape)}"
-            )
-        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{self.name}: labels must be int32 [{len(images)}], one for each image, "
-                f"received {labels.dtype} {list(labels.shape)}"
-            )
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(
-                f"{self.name}: labels must be in [0, num_classes={self.num_classes}), "
-                f"received {labels.min()} to {labels.max()}"
+                f"{self.name}: images must be uint8 [N, height, width, channels], not empty, and "
+                f"labels int32 [N] in [0, num_classes={count}), received {images.dtype} "
+                f"{list(images.shape)} and {labels.dtype} {list(labels.shape)} from "
+                f"{labels.min(initial=0)} to {labels.max(initial=0)}"
             )
 
     def __len__(self) -> int:
@@ -112,11 +108,6 @@ class EncodedSource(_Described):
     """
 
     records: Source
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not len(self.records):
-            raise ValueError(f"{self.name}: there must be at least one image, received none")
 
     def __len__(self) -> int:
         return len(self.records)
