@@ -194,19 +194,31 @@ class _Reader:
         """Stacks the examples at ``indices``, which are at ``places`` of the stream."""
         if not self.transforms and hasattr(self.source, "take"):
             return self.source.take(indices)
+        # Stacking finished examples instead takes a tenth more of CPU time, in page faults.
+        batches: list[Batch] = []
+
+        def write(row: int) -> None:
+            example = self.read_one(indices[row], places[row])
+            if not batches:  # Threads may meet here; all take the first of their batches.
+                shapes = {key: (len(indices), *value.shape) for key, value in example.items()}
+                batches.append({key: np.empty(shapes[key], example[key].dtype) for key in shapes})
+            rows = {key: value[row] for key, value in batches[0].items()}
+            layouts = [{k: (str(v.dtype), *v.shape) for k, v in e.items()} for e in (rows, example)]
+            if layouts[0] != layouts[1]:
+                raise ValueError(
+                    "examples must have the same keys, dtypes and shapes in a batch, received "
+                    f"{layouts[0]} and {layouts[1]}; decode, crop or pad them by a transform"
+                )
+            for key, value in example.items():
+                batches[0][key][row] = value
+
+        # A pool for each batch leaves no threads to be stopped; they start in microseconds.
         if self.num_threads:
-            # A pool for each batch leaves no threads to be stopped; they start in microseconds.
             with ThreadPoolExecutor(self.num_threads) as pool:
-                examples = list(pool.map(self.read_one, indices, places))
+                list(pool.map(write, range(len(indices))))
         else:
-            examples = list(map(self.read_one, indices, places))
-        layouts = [{k: (str(v.dtype), *v.shape) for k, v in each.items()} for each in examples]
-        if other := [each for each in layouts if each != layouts[0]]:
-            raise ValueError(
-                "examples must have the same keys, dtypes and shapes in a batch, received "
-                f"{layouts[0]} and {other[0]}; decode, crop or pad them by a transform of examples"
-            )
-        return {key: np.stack([each[key] for each in examples]) for key in examples[0]}
+            list(map(write, range(len(indices))))
+        return batches[0]
 
     def read_one(self, index: int, place: int) -> Batch:
         rng = None if self.seed is None else np.random.default_rng((self.seed, place))
