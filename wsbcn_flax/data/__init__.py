@@ -9,7 +9,12 @@ pillow) and OpenCV are imported when first used.
 
 from wsbcn_flax.data._augmentation import RandomCrop, RandomFlip, RandomResizedCrop
 from wsbcn_flax.data._decoding import CentralCrop, DecodeImage
-from wsbcn_flax.data._load import dataset_names, default_data_dir, load_split
+from wsbcn_flax.data._load import (
+    DatasetNotFoundError,
+    dataset_names,
+    default_data_dir,
+    load_split,
+)
 from wsbcn_flax.data._normalization import (
     IMAGENET_STATISTICS,
     ChannelStatistics,
@@ -17,8 +22,7 @@ from wsbcn_flax.data._normalization import (
     channel_statistics,
 )
 from wsbcn_flax.data._pipeline import Source, eval_batches, train_batches
-from wsbcn_flax.data._published_files import DatasetFormatError
-from wsbcn_flax.data._small_datasets import DatasetNotFoundError
+from wsbcn_flax.data._readers import DatasetFormatError
 from wsbcn_flax.data._sources import EncodedSource, ImageSource
 
 __all__ = [
