@@ -144,6 +144,7 @@ def test_importing_is_cheap():
         ("grain", "train", "data.train_batches([0], batch_size=1, seed=0)"),
         ("tensorflow_datasets", "train", "data.load_split('digits', 'train', data_dir='absent')"),
         ("cv2", "jpeg", "data.DecodeImage().map({'image': b'...'})"),
+        ("pycocotools", "coco", "data.CocoEvaluator('instances.json')"),
         ("tensorboardX", "tensorboard", "training.writers.TensorBoardWriter('folder')"),
     ],
 )
