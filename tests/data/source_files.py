@@ -9,9 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
-from wsbcn_flax.data._published_files import CIFAR10, CIFAR100, PUBLISHED_MD5, CifarLayout
+from wsbcn_flax.data import _load
 
-CLASSES = {CIFAR10.archive: 10, CIFAR100.archive: 100}
+# Names in each archive: of its file, the members of each split, and the members' entries.
+CIFAR = {
+    "cifar10": (
+        "cifar-10-python.tar.gz",
+        {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]},
+        ("batches.meta", b"labels", b"label_names"),
+    ),
+    "cifar100": (
+        "cifar-100-python.tar.gz",
+        {"train": ["train"], "test": ["test"]},
+        ("meta", b"fine_labels", b"fine_label_names"),
+    ),
+}
+CLASSES = {"cifar10": 10, "cifar100": 100}
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -33,22 +46,27 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
-def write_cifar(folder: Path, layout: CifarLayout, monkeypatch, *, seed: int = 0) -> Splits:
+def write_cifar(folder: Path, name: str, monkeypatch, *, seed: int = 0) -> Splits:
     """Writes an archive of 7 images a member, and has its MD5 taken for the published one."""
-    rng, classes = np.random.default_rng(seed), CLASSES[layout.archive]
-    names = [b"class_%d" % number for number in range(classes)]
-    members, splits = {layout.meta: pickle_dict({layout.names_key: names})}, {}
-    for split, names in layout.splits.items():
-        pixels = rng.integers(0, 256, (len(names), 7, 3, 32, 32), dtype=np.uint8)
-        labels = rng.integers(0, classes, (len(names), 7))
-        for name, *batch in zip(names, pixels.reshape(-1, 7, 3072), labels, strict=True):
-            members[name] = pickle_dict({b"data": batch[0], layout.labels_key: batch[1].tolist()})
+    rng, classes = np.random.default_rng(seed), CLASSES[name]
+    archive, members, (meta, labels_key, names_key) = CIFAR[name]
+    class_names = [b"class_%d" % number for number in range(classes)]
+    contents, splits = {"readme.html": b"<html>", meta: pickle_dict({names_key: class_names})}, {}
+    for split, files in members.items():
+        pixels = rng.integers(0, 256, (len(files), 7, 3, 32, 32), dtype=np.uint8)
+        labels = rng.integers(0, classes, (len(files), 7))
+        for file, *batch in zip(files, pixels.reshape(-1, 7, 3072), labels, strict=True):
+            contents[file] = pickle_dict({b"data": batch[0], labels_key: batch[1].tolist()})
         splits[split] = (pixels.transpose(0, 1, 3, 4, 2).reshape(-1, 32, 32, 3), labels.ravel())
-    path = folder / layout.archive
-    write_archive(path, members)
-    md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(PUBLISHED_MD5, layout.archive, md5)
+    path = folder / archive
+    write_archive(path, contents)
+    take_for_published(path, name, monkeypatch)
     return splits
+
+
+def take_for_published(path: Path, name: str, monkeypatch) -> None:
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(_load.DATASETS, name, _load._cifar(name, path.name, md5=md5))
 
 
 def write_archive(path: Path, members: dict[str, bytes]) -> None:

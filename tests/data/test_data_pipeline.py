@@ -289,11 +289,11 @@ def test_close_ends_the_threads(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "positive multiple of the number of hosts, received 0 for 1"),
-        ({"batch_size": 6, "host_count": 4}, "received 6 for 4"),
-        ({"batch_size": 17}, "at most the 16 examples of numbered.*received 17"),
-        ({"host_index": 2, "host_count": 2}, "received 2 of 2 hosts"),
-        ({"host_index": -1}, "received -1 of 1"),
+        ({"batch_size": 0}, "positive multiple of host_count, received host 0 of 1 and 0"),
+        ({"batch_size": 6, "host_count": 4}, "received host 0 of 4 and 6"),
+        ({"batch_size": 17}, "at most the 16 examples of the source.*received 17"),
+        ({"host_index": 2, "host_count": 2}, "received host 2 of 2"),
+        ({"host_index": -1}, "received host -1 of 1"),
         ({"seed": -1}, "received -1 and 0"),
         ({"start_step": -5}, "received 3 and -5"),
         ({"num_threads": -1}, "num_threads must be >= 0, received -1"),
@@ -307,10 +307,10 @@ def test_training_rejects(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 8, "host_count": 3}, "received 8 for 3"),
-        ({"host_index": 2, "host_count": 2}, "received 2 of 2 hosts"),
+        ({"batch_size": 8, "host_count": 3}, "received host 0 of 3 and 8"),
+        ({"host_index": 2, "host_count": 2}, "received host 2 of 2"),
         ({"num_threads": -1}, "num_threads must be >= 0, received -1"),
-        ({"batch": AUGMENT}, "requires a seed"),
+        ({"batch": AUGMENT}, r"must not be random, received RandomCrop"),
     ],
 )
 def test_evaluation_rejects(options, message):

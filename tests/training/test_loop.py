@@ -62,7 +62,9 @@ def test_restored_run_equals_the_uninterrupted_one(tmp_path):
 def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(tmp_path, poison):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
-        with pytest.raises(NonFiniteLossError, match=rf"'loss': nan.* at step {poison}\."):
+        kept = f"checkpoint of step {2 * ((poison - 1) // 2)} is" if poison > 2 else "No checkpoint"
+        message = rf"'loss': nan.* at step {poison}\. .*{kept}.*--out NEW --optim.learning-rate"
+        with pytest.raises(NonFiniteLossError, match=message):
             fit(
                 STEP,
                 new_state(),
@@ -116,7 +118,7 @@ def test_finished_run_is_evaluated_again_but_not_trained():
 
 
 @pytest.mark.parametrize("steps", [0, 4])
-def test_an_evaluation_that_is_not_finite_is_an_error(tmp_path, steps):
+def test_an_evaluation_that_is_not_finite_is_an_error_after_the_steps_are_saved(tmp_path, steps):
     state = new_state()
     if steps:
         state, _ = fit(STEP, state, batches_from, config=config(steps))
@@ -130,7 +132,7 @@ def test_an_evaluation_that_is_not_finite_is_an_error(tmp_path, steps):
                 evaluate=lambda state: {"error": jnp.nan, "loss": 1.0},
                 checkpointer=checkpointer,
             )
-        assert checkpointer.steps == (() if steps else (3,))
+        assert checkpointer.steps == (() if steps else (3, 4))
 
 
 def test_labels_outside_the_classes_stop_training():

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from wsbcn_flax.training import Checkpointer, LoopConfig, TrainState, fit, make_train_step
-from wsbcn_flax.training.preemption import PREEMPTED_STATUS, PreemptedError, stop_on_sigterm
+from wsbcn_flax.training.preemption import PREEMPTED_STATUS, PreemptedError, stop_on_signal
 from wsbcn_flax.training.processes import is_first_process, join_processes, on_first_process
 
 VARIABLES = {
@@ -64,11 +64,35 @@ def test_joining_after_devices_were_used_is_refused():
 
 def test_sigterm_outside_of_training_ends_a_process_as_ever():
     before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm() as should_stop:
+    with stop_on_signal() as should_stop:
         assert not should_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert should_stop(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_stops_training_and_a_second_one_stops_at_once(capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signal() as should_stop:
+        assert not should_stop(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop(2)
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert "to resume" in line
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_background_program_goes_on_ignoring_ctrl_c():
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signal() as should_stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not should_stop(1)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def loss_fn(params, batch_stats, batch, *, rng):

@@ -146,3 +146,21 @@ def test_the_default_is_the_standard_output(capsys):
     with Progress("train", total=1) as progress:
         progress.update(1)
     assert capsys.readouterr().out == f"train 1/1, 0:00:00 left{os.linesep}"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_metrics_are_cut_before_the_bar_the_count_and_the_time_left(width):
+    console = Console(file=Terminal(), force_interactive=True, width=width)
+
+    def last_line() -> str:
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+        return re.split(r"[\r\n]", text.rstrip())[-1]
+
+    bar = "\N{BOX DRAWINGS HEAVY HORIZONTAL}"
+    with Progress("train", total=1200, console=console, live=False) as progress:
+        progress.note("compiling the step")
+        assert re.match(rf"train {bar}+ +0/1200 -:--:-- compiling ", last_line())
+        progress.update(600, {f"eval_top{k}_error": k / 7 for k in range(1, 9)})
+        assert re.match(rf"train {bar}+\S* +600/1200 \S+ eval_top1_", last_line())
+        assert last_line().endswith("\N{HORIZONTAL ELLIPSIS}")
+        assert len(last_line()) == width

@@ -9,8 +9,16 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import full_disk
 
-from wsbcn_flax.training.writers import JsonlWriter, MultiWriter, TensorBoardWriter, read_jsonl
+from wsbcn_flax.training.writers import (
+    JsonlWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 
 
 def metrics_of(step: int) -> dict[str, float]:
@@ -195,3 +203,29 @@ def test_importing_imports_neither_orbax_nor_tensorboard():
         "assert not {'orbax', 'orbax.checkpoint', 'tensorboardX'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_full_disk_is_named_and_costs_no_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    writer.write(1, {"loss": 1.0})
+    with full_disk(40):
+        with pytest.raises(OSError, match=rf"File too large: '{path}'"):
+            writer.write(2, {"loss": 1.0})
+        writer.close()
+        with pytest.raises(OSError, match=r"File too large: '.*data.json.tmp'"):
+            write_json(tmp_path / "data.json", {"classes": ["a"] * 20})
+    assert read_jsonl(path) == [{"step": 1, "loss": 1.0}]
+    assert not (tmp_path / "data.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"norm": {"kin', b"\xff\xfe\x00", b'[{"norm": 1}]', b"null"]
+)
+def test_a_damaged_document_is_named(tmp_path, content):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{path} must hold a JSON object; it is damaged: .+"):
+        read_json(path)
+    write_json(path, {"norm": "bcn"})
+    assert read_json(path) == {"norm": "bcn"}

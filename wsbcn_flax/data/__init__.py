@@ -19,7 +19,12 @@ from wsbcn_flax.data._buckets import (
 from wsbcn_flax.data._coco import CocoImage, CocoSource, load_coco
 from wsbcn_flax.data._coco_evaluation import CocoEvaluator
 from wsbcn_flax.data._decoding import CentralCrop, DecodeImage
-from wsbcn_flax.data._load import dataset_names, default_data_dir, load_split
+from wsbcn_flax.data._load import (
+    DatasetNotFoundError,
+    dataset_names,
+    default_data_dir,
+    load_split,
+)
 from wsbcn_flax.data._normalization import (
     IMAGENET_STATISTICS,
     ChannelStatistics,
@@ -36,8 +41,7 @@ from wsbcn_flax.data._objects import (
     ToBGR,
 )
 from wsbcn_flax.data._pipeline import Source, eval_batches, train_batches
-from wsbcn_flax.data._published_files import DatasetFormatError
-from wsbcn_flax.data._small_datasets import DatasetNotFoundError
+from wsbcn_flax.data._readers import DatasetFormatError
 from wsbcn_flax.data._sources import EncodedSource, ImageSource
 
 __all__ = [

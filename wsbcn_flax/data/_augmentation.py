@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from wsbcn_flax.data._decoding import central_box, check_image_size, resize
+from wsbcn_flax.data._decoding import import_cv2, resize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class RandomCrop:
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip:
-    """Left-right mirror images with probability 1/2, of an example or of a batch.
+    """Left-right mirror images with probability 1/2, of an example (by OpenCV) or of a batch.
 
     Wrong for digits and letters.
     """
@@ -65,6 +65,8 @@ class RandomFlip:
         flips = rng.integers(0, 2, size=leading[:-2]).astype(bool)
         if not flips.any():
             return dict(element)
+        if image.ndim == 3:  # OpenCV takes a tenth of numpy's time.
+            return {**element, "image": import_cv2().flip(image, 1).reshape(image.shape)}
         # Whole pixels move faster than bytes.
         pixels = np.ascontiguousarray(image).view(f"V{channels * image.itemsize}")[..., 0]
         flipped = np.ascontiguousarray(pixels[..., ::-1])
@@ -95,7 +97,8 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size)
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be a positive number, received {self.image_size}")
 
     def random_map(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Crops ``element["image"]``, uint8 ``[H, W, 3]``, to ``[image_size, image_size, 3]``."""
@@ -112,7 +115,7 @@ class RandomResizedCrop:
             ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 1 <= h <= height and 1 <= w <= width:
-                top, left = rng.integers(0, (height - h, width - w), endpoint=True)
+                top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
                 return int(top), int(left), h, w
         h, w = min(height, round(width / low)), min(width, round(height * high))
-        return (*central_box(h, w, of=(height, width)), h, w)
+        return round((height - h) / 2), round((width - w) / 2), h, w

@@ -70,11 +70,10 @@ class CentralCrop:
     resize: int = 256
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size)
-        if self.resize < self.image_size:
+        if not 1 <= self.image_size <= self.resize:
             raise ValueError(
-                f"resize must be at least image_size={self.image_size}, or the crop would leave "
-                f"the image; received {self.resize}"
+                "image_size must be positive and resize at least as large, or the crop would leave "
+                f"the image; received {self.image_size} and {self.resize}"
             )
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +81,8 @@ class CentralCrop:
         image, size = element["image"], self.image_size
         shorter = min(image.shape[:2])
         height, width = (side * self.resize // shorter for side in image.shape[:2])
-        top, left = central_box(size, size, of=(height, width))
+        # Rounded as torchvision does.
+        top, left = round((height - size) / 2), round((width - size) / 2)
         resized = resize(image, height, width)
         return {**element, "image": resized[top : top + size, left : left + size]}
 
@@ -93,17 +93,6 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(pixels, (width, height), interpolation=method)
-
-
-def central_box(height: int, width: int, *, of: tuple[int, int]) -> tuple[int, int]:
-    """Returns top and left of a box in the middle of an image, rounded as torchvision does."""
-    return round((of[0] - height) / 2), round((of[1] - width) / 2)
-
-
-def check_image_size(image_size: int) -> None:
-    """Raises ValueError unless a side is positive."""
-    if image_size < 1:
-        raise ValueError(f"image_size must be a positive number of pixels, received {image_size}")
 
 
 @functools.cache

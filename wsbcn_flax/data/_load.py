@@ -3,22 +3,84 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from wsbcn_flax.data._image_folder import load_image_folder, split_folders
-from wsbcn_flax.data._prepared_splits import load_prepared
-from wsbcn_flax.data._small_datasets import (
-    INFO_FILE,
-    SMALL_DATASETS,
-    DatasetNotFoundError,
-    ensure_prepared,
+import numpy as np
+
+from wsbcn_flax.data import _readers as readers
+from wsbcn_flax.data._prepared_splits import find_prepared, load_prepared, resolve_slices
+from wsbcn_flax.data._sources import EncodedSource, FileRecords, ImageSource
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """A known dataset is not on this machine; the message says how to obtain it."""
+
+
+class _Dataset(NamedTuple):
+    """The places where a dataset may be, and the advice if it is in none.
+
+    Attributes:
+        public: Name under which tensorflow-datasets prepares it; none if it does not.
+        folders: Other folders that may hold it, relative to the data_dir.
+        files: Patterns of names, all of which must be in such a folder.
+        read: Function from such a folder and a split to the dataset.
+        advice: Sentences on how to obtain it, with ``{root}`` for the data_dir.
+    """
+
+    public: str = ""
+    folders: tuple[str, ...] = ("downloads/manual",)
+    files: tuple[str, ...] = ()
+    read: Callable[[Path, str], readers.Dataset] | None = None
+    advice: str = ""
+
+
+_BUILD = (
+    "On a machine that has TensorFlow and the network, run: "
+    "pip install tensorflow tensorflow-datasets && tfds build {0} --file_format=array_record {1}"
+    "--data_dir=DIR; then copy DIR/{0} into {{root}}, or pass data_dir=DIR."
 )
-from wsbcn_flax.data._sources import EncodedSource, ImageSource
 
-# Datasets that tensorflow-datasets prepares, under its own names.
-_TFDS_NAMES = {each: each for each in ("cifar10", "cifar100", "mnist")}
-_TFDS_NAMES["imagenet"] = "imagenet2012"
+
+def _cifar(name: str, archive: str, *, md5: str) -> _Dataset:
+    return _Dataset(
+        public=name,
+        files=(archive,),
+        read=lambda folder, _: readers.read_cifar(folder / archive, md5=md5),
+        advice=f"Put https://www.cs.toronto.edu/~kriz/{archive} into {{root}}/downloads/manual. "
+        f"Or: {_BUILD.format(name, '')}",
+    )
+
+
+# Checksums as https://www.cs.toronto.edu/~kriz/cifar.html gives them.
+_CIFAR10_MD5, _CIFAR100_MD5 = "c58f30108f718f92721af3b95e74349a", "eb9058c3a382ffc7106e4002c42a8d85"
+DATASETS = {
+    "cifar10": _cifar("cifar10", "cifar-10-python.tar.gz", md5=_CIFAR10_MD5),
+    "cifar100": _cifar("cifar100", "cifar-100-python.tar.gz", md5=_CIFAR100_MD5),
+    "digits": _Dataset(read=lambda *_: readers.read_digits()),
+    "fashion": _Dataset(
+        folders=("downloads/manual", "/usr/share/datasets/fashion-mnist"),
+        files=readers.FASHION_FILES,
+        read=lambda folder, _: readers.read_fashion(folder),
+        advice="On Debian or Ubuntu run: apt-get install dataset-fashion-mnist. Or put "
+        f"{', '.join(readers.FASHION_FILES)} into {{root}}/downloads/manual.",
+    ),
+    "imagenet": _Dataset(
+        public="imagenet2012",
+        folders=("imagenet",),
+        files=("[tv]*",),
+        read=readers.read_image_folder,
+        advice="On a machine with internet, get ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar "
+        "and ILSVRC2012_devkit_t12.tar.gz from https://image-net.org (after signing in) into a "
+        'folder TARS. Then run: pip install torchvision scipy && python -c "from '
+        "torchvision.datasets import ImageNet; ImageNet('TARS', 'train'); ImageNet('TARS', 'val')"
+        '"; and move TARS/train and TARS/val into {root}/imagenet. Or: '
+        + _BUILD.format("imagenet2012", "--manual_dir=TARS "),
+    ),
+    "mnist": _Dataset(public="mnist", folders=(), advice=_BUILD.format("mnist", "")),
+    "mnist5k": _Dataset(read=lambda *_: readers.read_mnist5k()),
+}
 
 
 def default_data_dir() -> Path:
@@ -40,7 +102,7 @@ def dataset_names() -> tuple[str, ...]:
         >>> dataset_names()
         ('cifar10', 'cifar100', 'digits', 'fashion', 'imagenet', 'mnist', 'mnist5k')
     """
-    return tuple(sorted({*SMALL_DATASETS, *_TFDS_NAMES}))
+    return tuple(sorted(DATASETS))
 
 
 def load_split(
@@ -48,17 +110,16 @@ def load_split(
     split: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    source_dir: str | os.PathLike[str] | None = None,
-    prepare: bool = True,
 ) -> ImageSource | EncodedSource:
     """Loads a split of a dataset, never touching the network.
 
     All images but ImageNet's are read into memory.
 
-    - "mnist5k" (5,000 images of MNIST) and "digits" (1,797 of 8x8 pixels) come with Python packages
-      and are prepared on first use, in seconds; "fashion" is prepared from its idx files.
+    - "mnist5k" (5,000 images of MNIST) and "digits" (1,797 of 8x8 pixels) come with Python
+      packages; "fashion" is read from its four gzipped idx files, which Debian's package
+      dataset-fashion-mnist installs; any in MNIST's format serve.
     - "cifar10", "cifar100" and "mnist" are read if tensorflow-datasets prepared them earlier, in
-      the array_record format. Otherwise the CIFARs are prepared from their published archives.
+      the array_record format. Otherwise the CIFARs are read from their published archives.
     - "imagenet" (ILSVRC 2012) is read from what tensorflow-datasets prepared as ``imagenet2012``,
       or else from JPEG files ``imagenet/{train,val}/CLASS/*.JPEG``, as torchvision unpacks them.
       Either way classes are the WordNet IDs in order.
@@ -67,91 +128,52 @@ def load_split(
         name: One of `dataset_names`.
         split: Split in tfds's syntax over "train" and "test" (ImageNet: "validation" or "val"),
             such as ``"train"``, ``"train[:90%]"``, ``"train[4000:]"`` or ``"train+test"``.
-        data_dir: Folder of datasets; defaults to `default_data_dir`. Public datasets are also
-            looked for in tfds's own default folder.
-        source_dir: Folder of the files that a dataset is prepared from, even if tensorflow-datasets
-            prepared it: for "fashion" its four gzipped idx files (any in MNIST's format serve), for
-            the CIFARs ``cifar-10-python.tar.gz`` or ``cifar-100-python.tar.gz``. Defaults to
-            ``downloads/manual`` in ``data_dir``, then for "fashion" to where Debian's package
-            dataset-fashion-mnist puts them.
-        prepare: False to fail rather than prepare a dataset on first use.
+        data_dir: Folder of datasets; defaults to `default_data_dir`, then tfds's own folder. Files
+            that their authors publish are looked for in its ``downloads/manual``.
 
     Returns:
         The split, shuffled once, the same on every machine.
 
     Raises:
-        ValueError: If the name or the split is unknown, the split is empty, ``source_dir`` is not
-            what the dataset was prepared from, or the prepared data are not what they should be.
+        ValueError: If the name or the split is unknown, the split is empty, or the prepared data
+            are not what they should be.
         DatasetFormatError: If an idx file or an archive of CIFAR is not what it should be.
         DatasetNotFoundError: If the data are not on this machine; says how to obtain them.
         ImportError: If a package that carries or reads the data is not installed; names the extra.
-        RuntimeError: If the prepared files are damaged.
+        RuntimeError: If prepared files are damaged, or a package changed its data.
     """
-    if name not in (names := dataset_names()):
-        close = difflib.get_close_matches(name, names, n=1)
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"name must be one of {', '.join(names)}; received {name!r}{hint}")
-    with_files = [each for each, dataset in SMALL_DATASETS.items() if dataset.files]
-    if source_dir is not None and name not in with_files:
-        raise ValueError(
-            f"source_dir is for {', '.join(map(repr, with_files))} only, received it for {name!r}"
-        )
-    source = None if source_dir is None else Path(source_dir).expanduser()
-    tfds_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    searched = (default_data_dir(), tfds_dir) if data_dir is None else (data_dir,)
-    roots = [Path(root).expanduser() for root in searched]
-    if name == "imagenet":
-        split = re.sub(r"\bval\b", "validation", split)
-    if source is None and (folder := _find_public(name, roots)):
-        return load_prepared(folder, split, name=name)
-    for root in roots if name == "imagenet" else ():
-        if split_folders(root / name):
-            return load_image_folder(root / name, split, name=name)
-    if name not in SMALL_DATASETS:
-        raise DatasetNotFoundError(_advice(name, roots))
-    try:
-        folder = ensure_prepared(name, roots[0], source_dir=source, prepare=prepare)
-    except DatasetNotFoundError as error:
-        if source is not None or name not in _TFDS_NAMES:
-            raise
-        raise DatasetNotFoundError(f"{_advice(name, roots)} Without TensorFlow: {error}") from error
-    return load_prepared(folder, split, name=name)
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}; received {name!r}{hint}")
+    of_tfds = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    roots = [default_data_dir(), Path(of_tfds)] if data_dir is None else [Path(data_dir)]
+    roots, dataset = [root.expanduser() for root in roots], DATASETS[name]
+    split = re.sub(r"\bval\b", "validation", split)
+    for root in roots:
+        if dataset.public and (folder := find_prepared(root / dataset.public)):
+            return load_prepared(folder, split, name=name)
+        for folder in (root / each for each in dataset.folders):
+            if dataset.read and all(any(folder.glob(pattern)) for pattern in dataset.files):
+                return _take(folder, *dataset.read(folder, split), split, name=name)
+    where, advice = " or ".join(map(str, roots)), dataset.advice.format(root=roots[0])
+    raise DatasetNotFoundError(f"{name!r} is not in {where}. {advice}")
 
 
-def _find_public(name: str, roots: Sequence[Path]) -> Path | None:
-    """Returns the newest version that tfds prepared in the first root that has any, or None."""
-    for root in roots if name in _TFDS_NAMES else ():
-        infos = root.glob(f"{_TFDS_NAMES[name]}/*.*.*/{INFO_FILE}")
-        if versions := sorted((each.parent for each in infos), key=_version):
-            return versions[-1]
-    return None
-
-
-def _version(folder: Path) -> tuple[int, ...]:
-    """Returns the numbers of ``NAME/3.0.2``; (-1,) for tfds's unfinished folders."""
-    numbers = folder.name.split(".")
-    return tuple(map(int, numbers)) if all(map(str.isdecimal, numbers)) else (-1,)
-
-
-def _advice(name: str, roots: Sequence[Path]) -> str:
-    """Says how to obtain a public dataset that is in none of the roots."""
-    where, public, is_imagenet = " or ".join(map(str, roots)), _TFDS_NAMES[name], name == "imagenet"
-    build = (
-        f"pip install tensorflow tensorflow-datasets && tfds build {public} "
-        f"--file_format=array_record {'--manual_dir=TARS ' * is_imagenet}--data_dir=DIR; "
-        f"then copy DIR/{public} into {roots[0]}, or pass data_dir=DIR."
+def _take(
+    folder: Path, splits: readers.Splits, class_names: tuple[str, ...], split: str, *, name: str
+) -> ImageSource | EncodedSource:
+    """Takes a split, in tfds's syntax, of images or of names of files in ``folder``."""
+    sizes = {each: len(labels) for each, (_, labels) in splits.items()}
+    slices = resolve_slices(split, sizes, dataset=name)
+    # A shuffled order, so that a slice holds all classes. numpy freezes the stream of RandomState
+    # for good; default_rng's may change with a release.
+    order = {each: np.random.RandomState(0).permutation(size) for each, size in sizes.items()}
+    images, labels = (
+        np.concatenate([splits[each][kind][order[each][part]] for each, part in slices])
+        for kind in (0, 1)
     )
-    if not is_imagenet:
-        return (
-            f"the public dataset {name!r} is not prepared in {where}. Preparing it needs "
-            f"TensorFlow and the network. On a machine that has both, run: {build}"
-        )
-    return (
-        "ImageNet is neither prepared as imagenet2012 nor unpacked as imagenet/train/CLASS/*.JPEG "
-        f"and imagenet/val/CLASS/*.JPEG in {where}. On a machine with internet, get "
-        "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz from "
-        f"https://image-net.org (after signing in) into a folder TARS. Either run: {build} "
-        'Or run: pip install torchvision scipy && python -c "from torchvision.datasets import '
-        "ImageNet; ImageNet('TARS', 'train'); ImageNet('TARS', 'val')\"; then move TARS/train and "
-        f"TARS/val into {roots[0] / 'imagenet'}."
-    )
+    described: Any = {"num_classes": len(class_names), "name": name, "class_names": class_names}
+    if images.dtype != np.uint8:
+        return EncodedSource(records=FileRecords(folder, images, labels), **described)
+    return ImageSource(images=images, labels=labels.astype(np.int32), **described)

@@ -1,7 +1,6 @@
 """Per-channel normalization of uint8 images, with constants measured on the training split."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -55,17 +54,14 @@ def channel_statistics(images: np.ndarray) -> ChannelStatistics:
             "images must be uint8 [N, height, width, channels] and not empty, "
             f"received {images.dtype} {list(images.shape)}"
         )
-    # By chunks: bincount makes a 64-bit copy of what it counts.
-    chunks = np.array_split(np.moveaxis(images, -1, 1), math.ceil(len(images) / 1000))
-    counts: Any = sum(np.stack([_count(each) for each in chunk.swapaxes(0, 1)]) for chunk in chunks)
-    shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    counts, values = np.zeros((images.shape[-1], 256)), np.arange(256) / 255
+    for start in range(0, len(images), 1000):  # bincount makes a 64-bit copy of what it counts.
+        for channel, count in enumerate(counts):
+            count += np.bincount(images[start : start + 1000, ..., channel].ravel(), minlength=256)
+    shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
     variance = np.sum(shares * np.square(values - mean[:, np.newaxis]), axis=1)
     return ChannelStatistics(mean.astype(np.float32), np.sqrt(variance).astype(np.float32))
-
-
-def _count(channel: np.ndarray) -> np.ndarray:
-    return np.bincount(channel.ravel(), minlength=256)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,13 +92,12 @@ class Normalize:
 
     def __post_init__(self) -> None:
         mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
-        for name, value in (("mean", mean), ("std", std)):
-            if value.shape != mean.shape or value.ndim != 1 or not np.isfinite(value).all():
-                raise ValueError(
-                    f"{name} must be one finite number for each channel, received {value}"
-                )
-        if (std <= 0).any():
-            raise ValueError(f"std must be positive, received {std}: is a channel constant?")
+        same = mean.shape == std.shape and mean.ndim == 1
+        if not same or not np.isfinite(mean + std).all() or (std <= 0).any():
+            raise ValueError(
+                "mean and std must be finite, one for each channel, and std positive; received "
+                f"{mean} and {std}: is a channel constant?"
+            )
         for name, value in (("_scale", 1 / (255 * std)), ("_offset", -mean / std)):
             object.__setattr__(self, name, value.astype(np.float32))
 

@@ -1,19 +1,23 @@
-"""Splits that tensorflow-datasets prepared, read by random access without TensorFlow."""
+"""Splits that tensorflow-datasets prepared, and its syntax for splits, without TensorFlow."""
 
-import contextlib
 import dataclasses
-import io
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from wsbcn_flax._extras import require
 from wsbcn_flax.data._sources import EncodedSource, ImageSource
 
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
+
+def find_prepared(dataset: Path) -> Path | None:
+    """Returns the folder of the newest version that tfds prepared in a dataset's folder."""
+    # tfds writes this file last, in a folder "incomplete.*" that then gets its name.
+    found = [info.parent for info in dataset.glob("*/dataset_info.json")]
+    versions = [each for each in found if re.fullmatch(r"\d+\.\d+\.\d+", each.name)]
+    return max(versions, key=lambda it: [int(n) for n in it.name.split(".")], default=None)
 
 
 def load_prepared(folder: Path, split: str, *, name: str) -> EncodedSource | ImageSource:
@@ -27,34 +31,23 @@ def load_prepared(folder: Path, split: str, *, name: str) -> EncodedSource | Ima
             f"it is in {', '.join(sorted(each.value for each in formats))}. Prepare it again in "
             f"another data_dir: tfds build {builder.name} --file_format=array_record --data_dir=DIR"
         )
-    image, label = (dict(features.items()).get(key, features) for key in ("image", "label"))
-    kinds = isinstance(image, tfds.features.Image), isinstance(label, tfds.features.ClassLabel)
-    if not all(kinds) or image.np_dtype != np.uint8:
-        raise ValueError(
-            f"{folder} must hold uint8 images under 'image' and classes under 'label', "
-            f"received {features}"
-        )
-    resolve_slices(split, builder.info.splits, dataset=name)
-    decoders = {"image": tfds.decode.SkipDecoding()}
+    sizes = {each: info.num_examples for each, info in builder.info.splits.items()}
+    resolve_slices(split, sizes, dataset=name)
+    is_encoded = None in features["image"].shape
+    decoders = {"image": tfds.decode.SkipDecoding()} if is_encoded else None
     source = builder.as_data_source(split=split, decoders=decoders, file_format=wanted)
-    records, names = _PreparedRecords(folder, source), tuple(label.names)
+    records, names = _PreparedRecords(folder, source), tuple(features["label"].names)
     described: Any = {"num_classes": len(names), "name": name, "class_names": names}
-    if None in image.shape:
+    if is_encoded:
         return EncodedSource(records=records, **described)
-    read = records.read_all()
-    images, labels = ([record[key] for record in read] for key in ("image", "label"))
-    pixels = np.stack([_decode(each).reshape(image.shape) for each in images])
-    return ImageSource(images=pixels, labels=np.array(labels, np.int32), **described)
-
-
-def _decode(png: bytes) -> np.ndarray:
-    with require("PIL.Image", extra="train").open(io.BytesIO(png)) as image:
-        return np.asarray(image)
+    read = records.__getitems__(range(len(records)))
+    images, labels = (np.stack([record[key] for record in read]) for key in ("image", "label"))
+    return ImageSource(images=images, labels=labels.astype(np.int32), **described)
 
 
 @dataclasses.dataclass(frozen=True)
 class _PreparedRecords:
-    """The records of a split in a folder, with images left encoded."""
+    """The records of a split in a folder."""
 
     folder: Path
     source: Any
@@ -63,18 +56,12 @@ class _PreparedRecords:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        with self._explain_damage():
-            return self.source[index]
+        return self.__getitems__([index])[0]
 
-    def read_all(self) -> list[Mapping[str, Any]]:
-        """Reads all records, faster than one by one."""
-        with self._explain_damage():
-            return self.source.__getitems__(range(len(self)))
-
-    @contextlib.contextmanager
-    def _explain_damage(self) -> Iterator[None]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Reads several records, faster than one by one."""
         try:
-            yield
+            return self.source.__getitems__(indices)
         except RuntimeError as error:  # array_record keeps checksums.
             raise RuntimeError(
                 f"{self.folder} is damaged, delete it and prepare it again ({error})"
@@ -82,21 +69,22 @@ class _PreparedRecords:
 
 
 def resolve_slices(
-    split: str, infos: "Mapping[str, tfds.core.SplitInfo]", *, dataset: str
-) -> list[tuple[str, range]]:
+    split: str, sizes: Mapping[str, int], *, dataset: str
+) -> list[tuple[str, slice]]:
     """Returns the named splits, and the part of each, that make up a split in tfds's syntax."""
     tfds = require("tensorflow_datasets", extra="train")
+    infos = {
+        each: tfds.core.SplitInfo(name=each, shard_lengths=[size], num_bytes=0)
+        for each, size in sizes.items()
+    }
     try:
-        instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(infos))
+        instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"split of {dataset!r} must be in tfds's syntax over {', '.join(infos)}, "
             f"such as 'train' or 'train[:90%]'; received {split!r} ({error})"
         ) from error
-    slices = [
-        (each.splitname, range(infos[each.splitname].num_examples)[each.from_ : each.to])
-        for each in instructions
-    ]
-    if not any(part for _, part in slices):
+    slices = [(each.splitname, slice(each.from_, each.to)) for each in instructions]
+    if not any(range(sizes[each])[part] for each, part in slices):
         raise ValueError(f"split {split!r} of {dataset!r} holds no image; widen the slice")
     return slices

@@ -1,7 +1,8 @@
 """Sources of labelled images: in memory, and encoded ones that are decoded on the fly."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,25 @@ from wsbcn_flax.data._pipeline import Source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ImageSource:
+class _Described(Sized):
+    num_classes: int
+    name: str
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise ValueError(f"{self.name}: there must be at least one image, received none")
+        names, count = tuple(self.class_names), self.num_classes
+        if names and len(names) != count:
+            raise ValueError(
+                f"{self.name}: class_names must be one for each of {count} classes, received "
+                f"{len(names)}"
+            )
+        object.__setattr__(self, "class_names", names or tuple(map(str, range(count))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSource(_Described):
     """Labelled images of one size, in memory.
 
     Example i is ``{"image": uint8 [height, width, channels], "label": int32}``.
@@ -36,28 +55,19 @@ class ImageSource:
 
     images: np.ndarray
     labels: np.ndarray
-    num_classes: int
-    name: str
-    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        images, labels, name = self.images, self.labels, self.name
-        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        super().__post_init__()
+        images, labels, count = self.images, self.labels, self.num_classes
+        kinds = images.dtype == np.uint8 and images.ndim == 4, labels.dtype == np.int32
+        shapes = images.size and labels.shape == images.shape[:1]
+        if not all(kinds) or not shapes or labels.min() < 0 or labels.max() >= count:
             raise ValueError(
-                f"{name}: images must be uint8 [N, height, width, channels] and not empty, "
-                f"received {images.dtype} {list(images.shape)}"
+                f"{self.name}: images must be uint8 [N, height, width, channels], not empty, and "
+                f"labels int32 [N] in [0, num_classes={count}), received {images.dtype} "
+                f"{list(images.shape)} and {labels.dtype} {list(labels.shape)} from "
+                f"{labels.min(initial=0)} to {labels.max(initial=0)}"
             )
-        if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{name}: labels must be int32 [{len(images)}], one for each image, "
-                f"received {labels.dtype} {list(labels.shape)}"
-            )
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(
-                f"{name}: labels must be in [0, num_classes={self.num_classes}), "
-                f"received {labels.min()} to {labels.max()}"
-            )
-        _complete_class_names(self)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,14 +80,13 @@ class ImageSource:
         return {"image": self.images[indices], "label": self.labels[indices]}
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """Height, width and channels of every image."""
-        _, height, width, channels = self.images.shape
-        return height, width, channels
+        return self.images.shape[1:]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedSource:
+class EncodedSource(_Described):
     """Labelled images of any size, encoded as JPEG or PNG.
 
     Example i is record i with its label as int32: ``{"image": bytes, "label": int32, ...}``.
@@ -85,9 +94,7 @@ class EncodedSource:
     Attributes:
         records: Sequence of ``{"image": bytes, "label": int}`` that several threads may read. An
             entry "file_name" serves messages.
-        num_classes: Number of classes of the dataset (not of this split).
-        name: Name of the dataset, for messages and logs.
-        class_names: Names by label; defaults to the labels as text.
+        num_classes: As in `ImageSource`, like ``name`` and ``class_names``.
 
     Raises:
         ValueError: If there is no record, or names for another number of classes; while reading,
@@ -101,14 +108,6 @@ class EncodedSource:
     """
 
     records: Source
-    num_classes: int
-    name: str
-    class_names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not len(self.records):
-            raise ValueError(f"{self.name}: there must be at least one image, received none")
-        _complete_class_names(self)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -124,18 +123,23 @@ class EncodedSource:
         return {**record, "label": np.int32(label)}
 
 
+@dataclasses.dataclass(frozen=True)
+class FileRecords:
+    """Records ``{"image": bytes, "label": int, "file_name": str}`` of image files in a folder."""
+
+    folder: Path
+    names: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        name, label = str(self.names[index]), int(self.labels[index])
+        return {"image": (self.folder / name).read_bytes(), "label": label, "file_name": name}
+
+
 def file_name(record: Mapping[str, Any], default: str) -> str:
     """Returns the name of an example's file, which tfds gives as bytes, for messages."""
     name = record.get("file_name", default)
     return name.decode() if isinstance(name, bytes) else name
-
-
-def _complete_class_names(source: ImageSource | EncodedSource) -> None:
-    """Checks that there is one name for each class, or sets the numbers of the classes."""
-    names, count = source.class_names, source.num_classes
-    if names and len(names) != count:
-        raise ValueError(
-            f"{source.name}: class_names must be one for each of {count} classes, received "
-            f"{len(names)}"
-        )
-    object.__setattr__(source, "class_names", tuple(names) or tuple(map(str, range(count))))

@@ -149,9 +149,9 @@ def check_evaluation(metrics: Mapping[str, float], *, where: str = "") -> dict[s
     """The metrics, all of which must be finite."""
     if bad := non_finite(metrics):
         raise NonFiniteLossError(
-            f"Evaluation needs finite metrics, received {bad}{where}. Look for labels outside the "
-            "classes and for bad values in the evaluation data. If there are none, the weights or "
-            "running statistics have diverged: evaluate an earlier checkpoint."
+            f"Evaluation needs finite metrics, received {bad}{where}. Look for bad values "
+            "in the evaluation data, such as NaN or labels outside the classes. If there are none, "
+            "the weights or running statistics have diverged: lower the learning rate."
         )
     return dict(metrics)
 

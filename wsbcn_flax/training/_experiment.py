@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
+from wsbcn_flax._folder_lock import lock_folder
 from wsbcn_flax.tasks import Batch, Task
 from wsbcn_flax.training._evaluation import Average, EvalStep, Evaluator, evaluate, make_eval_step
 from wsbcn_flax.training._loop import LoopConfig, fit
 from wsbcn_flax.training._micro_batches import BatchStatsRule, Loop, MicroBatches
 from wsbcn_flax.training._partition import Partition
+from wsbcn_flax.training._run_folder import claim_folder
 from wsbcn_flax.training._state import TrainState, init_state
 from wsbcn_flax.training._step import TrainStep, make_train_step
 from wsbcn_flax.training.checkpoints import Checkpointer
-from wsbcn_flax.training.preemption import stop_on_sigterm
-from wsbcn_flax.training.processes import is_first_process
+from wsbcn_flax.training.preemption import stop_on_signal
+from wsbcn_flax.training.processes import is_first_process, on_first_process
 from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import (
     JsonlWriter,
@@ -270,8 +272,11 @@ class Experiment:
         program: Program | None = None,
         seed: int | None = None,
         tensorboard: bool = False,
+        recipe: Mapping[str, Any] | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
         """Trains, with checkpoints and metrics in a folder, resuming from what it holds.
+
+        The folder is locked before anything in it is read or written.
 
         Args:
             folder: Folder of the run; None to keep nothing.
@@ -279,20 +284,26 @@ class Experiment:
             program: Result of ``compile``, to compile once for many seeds.
             seed: Seed in the place of the experiment's own.
             tensorboard: Whether to write TensorBoard's files too.
+            recipe: JSON values that tell this run from others, kept as ``recipe.json``.
 
         Returns:
             The state after the last step, and its evaluation's metrics.
 
         Raises:
-            PreemptedError: After SIGTERM, with a checkpoint of the step it stopped at.
+            FolderInUseError: If another process trains in the folder.
+            ValueError: If the folder holds a run of another recipe.
+            PreemptedError: After SIGTERM or Ctrl-C, with a checkpoint of the step it stopped at.
         """
         program = program or self.compile()
         seed = self.seed if seed is None else seed
-        state = program.init(seed)
+        state = program.init(seed)  # What cannot be made is refused before the folder is claimed.
         with contextlib.ExitStack() as stack:
             options: dict[str, Any] = {}
             if folder is not None:
-                options["should_stop"] = stack.enter_context(stop_on_sigterm())
+                on_first_process(lambda: stack.enter_context(lock_folder(folder)))
+                if recipe is not None:
+                    on_first_process(lambda: claim_folder(folder, recipe))
+                options["should_stop"] = stack.enter_context(stop_on_signal())
                 checkpointer = stack.enter_context(Checkpointer(folder / "checkpoints"))
                 restored = checkpointer.restore_latest(state)
                 state = state if restored is None else restored.state
@@ -321,7 +332,6 @@ class Experiment:
         """Writers of metrics and of the data's facts, on the first process alone."""
         writers: list[MetricWriter] = []
         if is_first_process():
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "data.json", dict(self.data.facts()))
             writers.append(JsonlWriter(folder / "metrics.jsonl", resume_step=done))
             if tensorboard:

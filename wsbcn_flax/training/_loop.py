@@ -75,7 +75,7 @@ def fit(
         checkpointer: inside its ``with`` block, or None to save nothing.
         writer: receives the metrics.
         should_stop: asked after every step, given its number; when true, the state is saved and
-            training ends early. See ``stop_on_sigterm``.
+            training ends early. See ``stop_on_signal``.
 
     Returns:
         The state after the last step, and its evaluation's metrics (empty without ``evaluate``).
@@ -83,8 +83,8 @@ def fit(
     Raises:
         ValueError: for a state beyond ``config.steps``, batches that end before it, or metrics
             that are not scalars.
-        NonFiniteLossError: at once when a loss, gradient norm or evaluation metric is not finite;
-            checkpoints saved before stay as they are.
+        NonFiniteLossError: at once when a loss or gradient norm is not finite; for an evaluation
+            metric, after saving the step if that was due. Earlier checkpoints stay as they are.
         PreemptedError: when ``should_stop`` ended training early.
 
     Example:
@@ -117,7 +117,7 @@ def fit(
         for number in range(done + 1, config.steps + 1):
             state, metrics = step(state, _next(batches, number, config.steps))
             if previous is not None:
-                _check_finite(*previous)
+                _check_finite(*previous, checkpointer)
             previous = (number, metrics)
             progress.update(number, {**metrics, **results})
             is_last = number == config.steps
@@ -129,28 +129,41 @@ def fit(
             }
             if not any(is_due.values()):
                 continue
-            values = _check_finite(number, metrics)
+            values, failure = _check_finite(number, metrics, checkpointer), None
             if is_due["eval"] and evaluate is not None:
-                results = _evaluated(evaluate, state, number)
+                try:
+                    results = _evaluated(evaluate, state, number)
+                except NonFiniteLossError as error:
+                    results, failure = {}, error  # The steps until here are saved first.
                 values |= results
             if is_due["log"] or (is_due["eval"] and evaluate is not None):
                 writer.write(number, values)
             if is_due["checkpoint"] and checkpointer is not None:
                 checkpointer.save(number, state, extra={"metrics": results})
+            if failure is not None:
+                raise failure
             if stops:
-                saved = "was not saved" if checkpointer is None else "is saved; resume from it"
+                saved = "was not saved" if checkpointer is None else "is saved; run again to resume"
                 raise PreemptedError(f"Training was asked to stop at step {number}, which {saved}.")
     return state, results
 
 
-def _check_finite(number: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+def _check_finite(
+    number: int, metrics: Mapping[str, jax.Array], checkpointer: Checkpointer | None
+) -> dict[str, float]:
     values = as_floats(metrics)
     if bad := non_finite(values):
+        steps = () if checkpointer is None else checkpointer.steps
+        kept = (
+            f"The checkpoint of step {steps[-1]} is intact, but from there the same run ends here"
+            if steps
+            else "No checkpoint was saved"
+        )
         raise NonFiniteLossError(
-            f"Training needs finite losses and gradients, received {bad} at step {number}. "
-            "Earlier checkpoints are intact. Lower the learning rate, warm up longer, or look for "
-            "labels outside the classes and bad values in the data; resuming continues from the "
-            "last checkpoint."
+            f"Training needs finite losses and gradients, received {bad} at step {number}. {kept}. "
+            "Train in another folder with a lower learning rate (--out NEW --optim.learning-rate "
+            "LOWER) or a longer warmup, or look for bad values in the data, such as NaN or labels "
+            "outside the classes."
         )
     return values
 

@@ -12,20 +12,19 @@ import jax
 import jax.numpy as jnp
 from flax.training.dynamic_scale import DynamicScale
 
-from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics
+from wsbcn_flax.tasks import Batch, Metrics
+from wsbcn_flax.training._micro_batches import ScalarLossFn
 from wsbcn_flax.training._state import TrainState
 
 
-def scale_loss(loss_fn: LossFn, loss_scale: DynamicScale) -> LossFn:
-    """The loss times the scale, its own value among the metrics."""
+def scale_loss(loss_fn: ScalarLossFn, loss_scale: DynamicScale) -> ScalarLossFn:
+    """The loss times the scale; its own value stays among the metrics."""
 
     def scaled_loss_fn(
         params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
-    ) -> tuple[Any, tuple[Any, Metrics]]:
-        loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
-        scale = loss_scale.scale
-        scaled = Mean(loss.total * scale, loss.weight) if isinstance(loss, Mean) else loss * scale
-        return scaled, (batch_stats, {"loss": loss, **metrics})
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        loss, aux = loss_fn(params, batch_stats, batch, rng=rng)
+        return loss * loss_scale.scale, aux
 
     return scaled_loss_fn
 

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
-from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics
+from wsbcn_flax.tasks import Batch, Metrics
 
 Loop = Literal["auto", "scan", "unroll", "vmap"]
 BatchStatsRule = Literal["average", "carry"]
 
 
-class Evaluated(NamedTuple):
-    """Results of one pass over a batch, averaged over its micro-batches.
+# (params, batch_stats, batch, *, rng) -> (scalar to differentiate, (batch_stats, metrics)).
+ScalarLossFn = Callable[..., tuple[jax.Array, tuple[Any, Metrics]]]
 
-    The gradients are those of the loss, or of its total where the loss is a ``Mean``.
-    """
+
+class Evaluated(NamedTuple):
+    """Results of one pass over a batch, averaged over its micro-batches."""
 
     gradients: Any
     batch_stats: Any
@@ -106,7 +107,7 @@ def split_batch(batch: Batch, count: int) -> Batch:
 
 
 def evaluate_micro_batches(
-    loss_fn: LossFn,
+    loss_fn: ScalarLossFn,
     params: Any,
     batch_stats: Any,
     batch: Batch,
@@ -125,21 +126,15 @@ def evaluate_micro_batches(
     return _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches)
 
 
-def _evaluate(loss_fn: LossFn, params, batch_stats, batch, rng) -> Evaluated:
-    def total_loss(params):
-        loss, (new_batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
-        total = loss.total if isinstance(loss, Mean) else loss
-        return total, (new_batch_stats, {"loss": loss, **metrics})
-
-    (_, (new_batch_stats, metrics)), gradients = jax.value_and_grad(total_loss, has_aux=True)(
-        params
-    )
+def _evaluate(loss_fn: ScalarLossFn, params, batch_stats, batch, rng) -> Evaluated:
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, (new_batch_stats, metrics)), gradients = differentiate(params, batch_stats, batch, rng=rng)
     # Half precision would lose small micro-batches' gradients in the sum of the others'.
     gradients = jax.tree.map(lambda g: g.astype(statistics_dtype(g.dtype)), gradients)
     return Evaluated(gradients, new_batch_stats, metrics)
 
 
-def _batched(loss_fn: LossFn) -> Callable:
+def _batched(loss_fn: ScalarLossFn) -> Callable:
     """The mean of the loss over micro-batches [B, K, ...], as one program over all of them.
 
     The gradient is taken of the mean, so that there is one gradient and not K of them.

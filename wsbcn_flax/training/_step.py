@@ -16,7 +16,11 @@ from wsbcn_flax.layers._step_statistics import advance, collected, collecting
 from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics, Task
 from wsbcn_flax.training._all_reduce import mean_over_devices
 from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
-from wsbcn_flax.training._micro_batches import MicroBatches, evaluate_micro_batches
+from wsbcn_flax.training._micro_batches import (
+    MicroBatches,
+    ScalarLossFn,
+    evaluate_micro_batches,
+)
 from wsbcn_flax.training._state import TrainState
 
 _ONE = MicroBatches()
@@ -94,7 +98,7 @@ def make_train_step(
             else jax.vjp(transform, state.params)
         )
         params = transformed if kernel_dtype is None else _round(transformed, kernel_dtype)
-        loss = _loss_fn(task, state)
+        loss = _in_means(_loss_fn(task, state))
         if micro_batches.batch_stats == "average":
             loss = _adds_calls_up(loss)
         if state.loss_scale is not None:
@@ -107,8 +111,10 @@ def make_train_step(
         batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
             batch_stats = freeze(batch_stats)
-        gradients = _of_the_mean(out.gradients, out.metrics["loss"])
-        gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, transformed)
+        weight = out.metrics["loss"].weight
+        gradients = jax.tree.map(
+            lambda g, p: Mean(g, weight).divide().astype(p.dtype), out.gradients, transformed
+        )
         (gradients,) = pull_back(gradients)
         if state.loss_scale is not None:
             gradients = unscale(gradients, state.loss_scale)
@@ -122,7 +128,7 @@ def make_train_step(
         )
         after_update = getattr(task, "after_update", lambda state: state.extra)
         new_state = dataclasses.replace(new_state, extra=after_update(new_state))
-        metrics = {name: _divided(metric) for name, metric in out.metrics.items()}
+        metrics = {name: mean.divide() for name, mean in out.metrics.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
         if state.loss_scale is not None:
             new_state, metrics = skip_if_not_finite(state, new_state, metrics)
@@ -137,24 +143,27 @@ def _loss_fn(task: Any, state: TrainState) -> LossFn:
     return functools.partial(task.loss, extra=state.extra) if hasattr(task, "loss") else task
 
 
-def _of_the_mean(gradients: Any, loss: Any) -> Any:
-    """The gradients of a ``Mean``, from those of its total; zero where its weight is zero."""
-    if not isinstance(loss, Mean):
-        return gradients
-    return jax.tree.map(lambda g: Mean(g, loss.weight).divide().astype(g.dtype), gradients)
+def _in_means(loss_fn: LossFn) -> ScalarLossFn:
+    """The total of the loss, with the loss and all metrics as ``Mean``s, of weight 1 if plain."""
+
+    def total_loss_fn(params, batch_stats, batch, *, rng):
+        loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
+        means = {
+            name: value if isinstance(value, Mean) else Mean(value, jnp.ones((), value.dtype))
+            for name, value in {**metrics, "loss": loss}.items()
+        }
+        return means["loss"].total, (batch_stats, means)
+
+    return total_loss_fn
 
 
-def _divided(metric: Any) -> Any:
-    return metric.divide() if isinstance(metric, Mean) else metric
-
-
-def _adds_calls_up(loss_fn: LossFn) -> LossFn:
+def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:
     """The loss function, whose batch_stats are sums to average and then to ``advance`` by."""
 
     def adding_loss_fn(params, batch_stats, batch, *, rng):
         given = collecting(batch_stats)
-        loss, (returned, metrics) = loss_fn(params, given, batch, rng=rng)
-        return loss, (collected(given, returned), metrics)
+        loss, (returned, means) = loss_fn(params, given, batch, rng=rng)
+        return loss, (collected(given, returned), means)
 
     return adding_loss_fn
 

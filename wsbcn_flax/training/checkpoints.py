@@ -5,7 +5,9 @@ an error. So every leaf's CRC-32 is stored beside it and verified before anythin
 """
 
 import contextlib
+import errno
 import json
+import logging
 import operator
 import os
 import shutil
@@ -23,6 +25,8 @@ from wsbcn_flax.training._state_leaves import fingerprint, named_leaves, place_l
 from wsbcn_flax.training.processes import fetch, is_first_process, on_first_process
 
 StateT = TypeVar("StateT")
+
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 class CheckpointError(RuntimeError):
@@ -107,6 +111,7 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._skipped: dict[int, str] = {}
         self._entered = False
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
 
     def __enter__(self) -> Self:
         self._entered = True
@@ -261,7 +266,14 @@ def _reraise(kind: type[CheckpointError], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise kind(f"{what}: {error!r:.300}") from error
+        full = [text for text in _FULL if text in repr(error)]
+        reason = f"{full[0]}. Make room, then resume" if full else f"{error!r:.300}"
+        raise kind(f"{what}: {reason}") from error
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that orbax logs of errors which it raises, and we report, too."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _kept(name: str, leaf: Any) -> Any:

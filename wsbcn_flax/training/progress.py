@@ -89,14 +89,17 @@ class _Bar:
 
     def __init__(self, console: "Console", description: str, start: int, total: int, *, live: bool):
         bars = require("rich.progress", extra="train")
+        # Cut where the others leave no room; else rich narrows every column, the count too.
+        rest = require("rich.table", extra="train").Column(ratio=1, no_wrap=True)
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(),
+            bars.BarColumn(bar_width=20),
             bars.MofNCompleteColumn(),
             bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[metrics]}", markup=False),
+            bars.TextColumn("{task.fields[metrics]}", markup=False, table_column=rest),
             console=console,
             auto_refresh=live,
+            expand=True,
             speed_estimate_period=300,
         )
         self._task = self._bar.add_task(description, completed=start, total=total, metrics="")

@@ -49,20 +49,23 @@ class JsonlWriter:
             last = math.inf if resume_step is None else resume_step
             kept = [record for record in _records(path) if record["step"] <= last]
             rewound = path.with_name(f"{path.name}.tmp")
-            rewound.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            with _naming(rewound):
+                rewound.write_text("".join(json.dumps(record) + "\n" for record in kept))
             rewound.replace(path)
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a record; raises `ValueError` for a metric that is no scalar or named "step"."""
         if "step" in metrics:
             raise ValueError('no metric may be named "step", which is the key of the step itself')
         values = {name: _json_scalar(name, value) for name, value in metrics.items()}
-        print(json.dumps({"step": int(step)} | values), file=self._file, flush=True)
+        with _naming(self._path):
+            print(json.dumps({"step": int(step)} | values), file=self._file, flush=True)
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # A disk that is full, of which `write` told.
+            self._file.close()
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -92,10 +95,35 @@ def _json_scalar(name: str, value: Any) -> float | str:
     return number if math.isfinite(number) else json.dumps(number)
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the file in an error of writing to it, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises ``ValueError`` if the file is damaged."""
+    try:
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict):
+            raise ValueError(f"it holds a {type(document).__name__}")
+    except ValueError as error:  # A decoder's error of either kind is one.
+        raise ValueError(
+            f"{path} must hold a JSON object; it is damaged: {error}. Restore it from a copy, or "
+            "use another folder."
+        ) from None
+    return document
+
+
 def write_json(path: Path, document: Any) -> None:
     """Writes a JSON file by an atomic replacement, so that a kill leaves the old one or the new."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(document, indent=2) + "\n")
+    with _naming(temporary):
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
     temporary.replace(path)
 
 
