@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "wsbcn_flax.data": {"ops"},
     "wsbcn_flax.training": {"ops", "layers", "transforms", "models", "tasks"},
 }
-PACKAGES = ["wsbcn_flax", *MAY_IMPORT, "wsbcn_flax.models.detection"]
+PACKAGES = ["wsbcn_flax", "wsbcn_flax.ops.detection", "wsbcn_flax.models.detection", *MAY_IMPORT]
 BY_NAME = ["models", "tasks", "data", "training"]  # What `import wsbcn_flax` leaves alone.
 
 

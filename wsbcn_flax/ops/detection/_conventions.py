@@ -1,0 +1,61 @@
+"""Where published detectors disagree about boxes, as two presets."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoxConvention:
+    """A detector's conventions, for results that match a published implementation.
+
+    Attributes:
+        pixel: Pixels added to x2 - x1 and y2 - y1 to obtain a width and a height. It is 1 where x2
+            and y2 are the last pixel of a box, else 0. Boxes are clipped to the image less it.
+        anchor_rounding: Whether anchor sides are rounded at the size of the stride and then scaled,
+            around the stride's center ("at_stride"), or at their own size around 0 ("at_size").
+        border_anchors: Whether anchors that cross the border of the image are trained.
+        proposals_per: What the final number of training proposals is shared by.
+        box_beta: Width of the quadratic part of the box head's smooth L1 loss.
+        mask_target: Whether a mask target is binary, as a rasterized polygon, or soft, as RoIAlign
+            of a bitmap.
+
+    Raises:
+        ValueError: If ``pixel`` is neither 0 nor 1, or ``box_beta`` is not positive.
+
+    Example:
+        >>> from wsbcn_flax.ops.detection import AUTHORS, TORCHVISION
+        >>> AUTHORS.pixel, TORCHVISION.pixel
+        (1, 0)
+    """
+
+    pixel: int
+    anchor_rounding: Literal["at_stride", "at_size"]
+    border_anchors: bool
+    proposals_per: Literal["device", "image"]
+    box_beta: float
+    mask_target: Literal["binary", "soft"]
+
+    def __post_init__(self):
+        if self.pixel not in (0, 1):
+            raise ValueError(f"pixel must be 0 or 1, received {self.pixel}.")
+        if not self.box_beta > 0:
+            raise ValueError(f"box_beta must be positive, received {self.box_beta}.")
+
+
+# maskrcnn-benchmark, which the authors of Weight Standardization trained with.
+AUTHORS = BoxConvention(
+    pixel=1,
+    anchor_rounding="at_stride",
+    border_anchors=False,
+    proposals_per="device",
+    box_beta=1.0,
+    mask_target="binary",
+)
+TORCHVISION = BoxConvention(
+    pixel=0,
+    anchor_rounding="at_size",
+    border_anchors=True,
+    proposals_per="image",
+    box_beta=1 / 9,
+    mask_target="soft",
+)
