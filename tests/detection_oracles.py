@@ -47,16 +47,17 @@ def nms(boxes, scores, threshold, pixel=0):
 
 
 def roi_align(image, box, size, *, spatial_scale, samples, aligned):
-    """RoIAlign of one box over one image [H, W, C], sample by sample."""
+    """RoIAlign of one box over one image [H, W, C], sample by sample; None adapts their number."""
     image = np.asarray(image, np.float64)
     x1, y1, x2, y2 = np.asarray(box, np.float64) * spatial_scale - (0.5 if aligned else 0)
     least = -math.inf if aligned else 1
     step_y, step_x = max(y2 - y1, least) / size, max(x2 - x1, least) / size
+    down, across = (samples or math.ceil(step) for step in (step_y, step_x))
     out = np.zeros((size, size, image.shape[-1]))
     for i, j in np.ndindex(size, size):
-        for s, t in np.ndindex(samples, samples):
-            y, x = y1 + (i + (s + 0.5) / samples) * step_y, x1 + (j + (t + 0.5) / samples) * step_x
-            out[i, j] += bilinear(image, y, x) / samples**2
+        for s, t in np.ndindex(down, across):
+            y, x = y1 + (i + (s + 0.5) / down) * step_y, x1 + (j + (t + 0.5) / across) * step_x
+            out[i, j] += bilinear(image, y, x) / (down * across)
     return out
 
 

@@ -67,7 +67,7 @@ def test_of_equal_scores_the_earlier_box_comes_first():
 
 
 def test_an_iou_at_the_threshold_is_kept():
-    """As in torchvision; in float32 0.3 is above and 0.7 below the number in float64."""
+    """As torchvision compares: a threshold just below 0.5 would round to 0.5 in float32."""
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 5]], np.float32)
     assert jitted(boxes, np.array([1.0, 0.5]), iou_threshold=0.5).all()
     below = float(np.nextafter(0.5, 0))

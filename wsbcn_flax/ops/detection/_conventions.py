@@ -14,7 +14,8 @@ class BoxConvention:
         anchor_rounding: Whether anchor sides are rounded at the size of the stride and then scaled,
             around the stride's center ("at_stride"), or at their own size around 0 ("at_size").
         border_anchors: Whether anchors that cross the border of the image are trained.
-        proposals_per: What the final number of training proposals is shared by.
+        proposals_per: Whether the final number of training proposals is that of a device's batch or
+            of an image.
         box_beta: Width of the quadratic part of the box head's smooth L1 loss.
         mask_target: Whether a mask target is binary, as a rasterized polygon, or soft, as RoIAlign
             of a bitmap.
