@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "wsbcn_flax.training": {"ops", "layers", "transforms", "models", "tasks"},
 }
 SHARED = {"_extras", "_folder_lock"}  # Imported by any package; they import none.
-PACKAGES = ["wsbcn_flax", "wsbcn_flax.ops.detection", *MAY_IMPORT]
+PACKAGES = ["wsbcn_flax", "wsbcn_flax.ops.detection", "wsbcn_flax.models.detection", *MAY_IMPORT]
 BY_NAME = ["models", "tasks", "data", "training"]  # What `import wsbcn_flax` leaves alone.
 
 

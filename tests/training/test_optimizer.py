@@ -2,6 +2,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from wsbcn_flax.models import CifarResNet
@@ -34,6 +35,41 @@ def test_follows_pytorchs_sgd(decays_everything, scale_decay):
         np.testing.assert_allclose(params[name].item(), value, rtol=1e-6)
 
 
+def test_detectors_treat_biases_apart_and_freeze():
+    """The learning rate of biases is doubled, they do not decay, and what is frozen stays."""
+    config = OptimizerConfig(
+        schedule="constant",
+        weight_decay=0.01,
+        decays_everything=True,
+        decays_biases=False,
+        bias_factor=2.0,
+        frozen=("backbone/stem_*",),
+    )
+    optimizer = config.make(config.make_schedule(steps_per_epoch=2, epochs=3))
+    layer = {name: jnp.array([2.0]) for name in ("kernel", "scale", "bias", "batch_bias")}
+    params = {"backbone": {"stem_conv": layer, "conv": layer}, "stem_of_a_head": layer}
+    update = jax.jit(optimizer.update)
+    state, buffers = optimizer.init(params), dict.fromkeys(layer, 0.0)
+    expected = dict.fromkeys(layer, 2.0)
+    for _ in range(3):
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for name in layer:
+            factor, decay = (2.0, 0.0) if "bias" in name else (1.0, 0.01)
+            buffers[name] = 0.9 * buffers[name] + 1 + decay * expected[name]
+            expected[name] -= 0.1 * factor * buffers[name]
+    moved = {name: np.float32([value]) for name, value in expected.items()}
+    chex.assert_trees_all_close(
+        params, {"backbone": {"stem_conv": layer, "conv": moved}, "stem_of_a_head": moved}
+    )
+
+
+def test_refuses_to_freeze_what_is_not_there():
+    config = OptimizerConfig(frozen=("backbone/*",))
+    with pytest.raises(ValueError, match=r"frozen must match .* received 'backbone/\*' .* 'conv/k"):
+        config.make(optax.constant_schedule(0.1)).init({"conv": {"kernel": jnp.ones(1)}})
+
+
 def test_weight_decay_reaches_kernels_only():
     model = CifarResNet(depth=8, width=4)
     images = jnp.ones((1, 8, 8, 1))
@@ -54,6 +90,18 @@ def test_warmup_then_cosine():
     np.testing.assert_allclose(values[20:], cosine, atol=1e-6)
 
 
+def test_warmup_from_a_third():
+    """The factor of maskrcnn-benchmark at iteration i is (1 - i / n) / 3 + i / n."""
+    config = OptimizerConfig(
+        learning_rate=0.3, warmup_epochs=1, warmup_start=1 / 3, schedule="constant"
+    )
+    schedule = config.make_schedule(steps_per_epoch=5, epochs=2)
+    share = np.minimum(np.arange(8) / 5, 1)
+    np.testing.assert_allclose(
+        [schedule(step) for step in range(8)], 0.3 * ((1 - share) / 3 + share), rtol=1e-6
+    )
+
+
 def test_milestones_count_from_the_start_of_training():
     config = OptimizerConfig(schedule="step", milestones=(4.0, 6.0), warmup_epochs=1)
     schedule = config.make_schedule(steps_per_epoch=5, epochs=8)
@@ -67,6 +115,8 @@ def test_milestones_count_from_the_start_of_training():
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"weight_decay": -1.0}, "must not be negative"),
+        ({"warmup_start": 2.0}, "warmup_start must be in"),
+        ({"bias_factor": 0.0}, "bias_factor positive"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"milestones": (3.0,)}, "milestones belong to"),
     ],

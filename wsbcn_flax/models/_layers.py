@@ -24,6 +24,7 @@ def make_conv(
     strides: int = 1,
     dilation: int = 1,
     groups: int = 1,
+    kernel_init: nn.initializers.Initializer = kernel_init,
     name: str,
 ) -> nn.Module:
     """A convolution of size x size without bias, padded on every side as PyTorch pads it."""
@@ -51,12 +52,13 @@ def bind_mode(norm: ModuleFactory, *, train: bool) -> ModuleFactory:
     return norm
 
 
-def classify(x: jax.Array, num_classes: int) -> jax.Array:
+def classify(x: jax.Array, num_classes: int, *, mask: jax.Array | None = None) -> jax.Array:
     """Logits [B, num_classes] from the mean over positions of x [B, H, W, C], in float32 or wider.
 
-    The dense layer, named ``head``, is a submodule of whichever calls this.
+    The dense layer, named ``head``, is a submodule of whichever calls this. A mask [B, H, W, 1]
+    chooses the positions that count.
     """
-    x = jnp.mean(x, axis=(1, 2), dtype=statistics_dtype(x.dtype))
+    x = jnp.mean(x, axis=(1, 2), dtype=statistics_dtype(x.dtype), where=mask)
     return nn.Dense(num_classes, name="head")(x)
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.models._blocks import BasicBlock, Bottleneck, block_class
 from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+from wsbcn_flax.models._padding import Padding
 
 
 class ResNet(nn.Module):
@@ -95,7 +97,9 @@ class ResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
+    def __call__(
+        self, images: jax.Array, *, train: bool, image_hw: jax.Array | None = None
+    ) -> jax.Array | tuple[jax.Array, ...]:
         """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
 
         Without classes it returns a tuple of every stage's features, from [B, H / 4, W / 4,
@@ -105,19 +109,25 @@ class ResNet(nn.Module):
             images: Normalized images.
             train: Whether normalizations use and update training statistics; then apply with
                 ``mutable=["batch_stats"]``.
+            image_hw: Heights and widths [B, 2], in pixels, of images that are padded below and on
+                the right, to a multiple of the strides. The padding then counts in no statistic
+                and features are zero there; the others are those of the image alone. Needs a
+                normalization that takes a ``mask``.
         """
         check_images(images)
         conv = functools.partial(self.conv, dtype=self.dtype)
+        padding = Padding.of(images, image_hw)
 
         def norm_of(stage: int) -> ModuleFactory:
-            norm = functools.partial(self.norm, dtype=self.dtype)
+            norm = padding.leave_out_of(functools.partial(self.norm, dtype=self.dtype))
             return bind_mode(norm, train=train and stage >= self.frozen_stages)
 
         preactivation = block_class(self.block).preactivation
-        x = make_conv(conv, self.stem_features, 7, strides=2, name="stem_conv")(images)
+        x = padding.fill(images)
+        x = make_conv(conv, self.stem_features, 7, strides=2, name="stem_conv")(x)
         if not preactivation:
             x = nn.relu(norm_of(0)(name="stem_norm")(x))
-        x = _max_pool(x)
+        x = padding.fill(_max_pool(padding.fill(x, -jnp.inf)))
         x = lax.stop_gradient(x) if self.frozen_stages else x
 
         outputs = []
@@ -135,12 +145,12 @@ class ResNet(nn.Module):
                     name=f"stage{stage}_block{index + 1}",
                 )(x)
             x = lax.stop_gradient(x) if stage < self.frozen_stages else x
-            outputs.append(x)
+            outputs.append(padding.fill(x))
         if preactivation:
             x = nn.relu(norm_of(len(outputs))(name="last_norm")(x))
         if self.num_classes is None:
             return (*outputs[:-1], x)
-        return classify(x, self.num_classes)
+        return classify(x, self.num_classes, mask=padding.mask(x))
 
 
 def _max_pool(x: jax.Array) -> jax.Array:

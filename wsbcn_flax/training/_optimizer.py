@@ -1,6 +1,8 @@
 """SGD with momentum, weight decay on kernels only, and learning-rate schedules in epochs."""
 
 import dataclasses
+import fnmatch
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,9 +21,14 @@ class OptimizerConfig:
         nesterov: whether the momentum is Nesterov's.
         weight_decay: added to the gradient of kernels, times the kernel.
         decays_everything: whether scales and biases decay too, as they do in PyTorch's SGD.
+        decays_biases: whether biases are part of everything; detectors leave them out.
+        bias_factor: Factor of the learning rate of biases; detectors take 2.
+        frozen: Shell patterns of the paths of parameters that stay as they are, decay included,
+            such as "backbone/stem_*".
         schedule: after warm-up: "constant", "step" (times ``decay`` at each milestone) or "cosine"
             (to zero at the end of training).
-        warmup_epochs: epochs of linear growth from zero.
+        warmup_epochs: epochs of linear growth.
+        warmup_start: Fraction of the learning rate that it grows from; detectors take 1/3.
         milestones: epochs at which "step" decays, counted from the start of training.
         decay: factor of each "step".
 
@@ -41,8 +48,12 @@ class OptimizerConfig:
     nesterov: bool = False
     weight_decay: float = 1e-4
     decays_everything: bool = False
+    decays_biases: bool = True
+    bias_factor: float = 1.0
+    frozen: tuple[str, ...] = ()
     schedule: Schedule = "cosine"
     warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
     milestones: tuple[float, ...] = ()
     decay: float = 0.1
 
@@ -55,6 +66,11 @@ class OptimizerConfig:
             raise ValueError(
                 "weight_decay and warmup_epochs must not be negative, received "
                 f"{self.weight_decay} and {self.warmup_epochs}."
+            )
+        if not (0 <= self.warmup_start <= 1 and self.bias_factor > 0):
+            raise ValueError(
+                "warmup_start must be in [0, 1] and bias_factor positive, received "
+                f"{self.warmup_start} and {self.bias_factor}."
             )
         if self.schedule not in get_args(Schedule):
             raise ValueError(
@@ -88,15 +104,43 @@ class OptimizerConfig:
                 )
             case "cosine":
                 main = optax.cosine_decay_schedule(self.learning_rate, total - warmup)
-        ramp = optax.linear_schedule(0.0, self.learning_rate, warmup)
+        ramp = optax.linear_schedule(
+            self.warmup_start * self.learning_rate, self.learning_rate, warmup
+        )
         return optax.join_schedules([ramp, main], [warmup]) if warmup else main
 
     def make(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The optimizer that follows ``schedule``."""
-        mask = None if self.decays_everything else kernel_mask
-        return optax.chain(
+        """The optimizer that follows ``schedule``.
+
+        It raises a ValueError, when it first sees the parameters, for a pattern of ``frozen`` that
+        matches none.
+        """
+        mask = None if self.decays_everything and self.decays_biases else self._decay_mask
+        steps = [
             optax.add_decayed_weights(self.weight_decay, mask=mask),
             optax.sgd(schedule, self.momentum or None, self.nesterov),
+        ]
+        if self.bias_factor != 1:
+            steps.append(optax.masked(optax.scale(self.bias_factor), _bias_mask))
+        if self.frozen:
+            steps.append(optax.masked(optax.set_to_zero(), self._frozen_mask))
+        return optax.chain(*steps)
+
+    def _decay_mask(self, params: Any) -> Any:
+        if not self.decays_everything:
+            return kernel_mask(params)
+        return jax.tree.map(lambda bias: self.decays_biases or not bias, _bias_mask(params))
+
+    def _frozen_mask(self, params: Any) -> Any:
+        paths = _map_paths(lambda path: path, params)
+        for pattern in self.frozen:
+            if not fnmatch.filter(jax.tree.leaves(paths), pattern):
+                raise ValueError(
+                    f"A pattern of frozen must match a parameter, received {pattern!r} for "
+                    f"parameters such as {jax.tree.leaves(paths)[0]!r}."
+                )
+        return jax.tree.map(
+            lambda path: any(fnmatch.fnmatchcase(path, p) for p in self.frozen), paths
         )
 
 
@@ -108,6 +152,16 @@ def kernel_mask(params: Any) -> Any:
         >>> kernel_mask({"conv": {"kernel": 1.0, "bias": 1.0}, "norm": {"scale": 1.0}})
         {'conv': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
     """
+    return _map_paths(lambda path: path.rpartition("/")[2] == "kernel", params)
+
+
+def _bias_mask(params: Any) -> Any:
+    """True at biases, those of batch-channel normalization included."""
+    return _map_paths(lambda path: path.endswith("bias"), params)
+
+
+def _map_paths(function: Callable[[str], Any], params: Any) -> Any:
+    """A tree of the function's values at paths such as "conv/kernel"."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+        lambda path, _: function("/".join(str(getattr(key, "key", key)) for key in path)), params
     )

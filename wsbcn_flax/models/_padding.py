@@ -1,0 +1,89 @@
+"""Images padded to a common size, of which the padding counts in no statistic."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from wsbcn_flax.layers import BatchChannelNorm
+from wsbcn_flax.models._layers import ModuleFactory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Padding:
+    """The padding below and on the right of images; without ``image_hw`` there is none.
+
+    A network that zeroes the padding after each normalization, and wherever else it may become
+    nonzero before a convolution, computes from a padded image what it computes from the image.
+
+    Attributes:
+        image_hw: Heights and widths of the images inside the padding [B, 2], in pixels, or None.
+        padded_hw: Height and width of the padded images, in pixels.
+    """
+
+    image_hw: jax.Array | None
+    padded_hw: tuple[int, int]
+
+    @classmethod
+    def of(cls, images: jax.Array, image_hw: jax.Array | None) -> "Padding":
+        """The padding of images [B, H, W, C]; raises ValueError for sizes of another shape."""
+        if image_hw is not None and image_hw.shape != (len(images), 2):
+            raise ValueError(
+                f"image_hw must be a height and a width for each image, [{len(images)}, 2], "
+                f"received {image_hw.shape}."
+            )
+        return cls(image_hw, (images.shape[1], images.shape[2]))
+
+    def mask(self, x: jax.Array) -> jax.Array | None:
+        """True [B, H, W, 1] at positions of features [B, H, W, C] that belong to the image.
+
+        Raises:
+            ValueError: If the features' size does not divide the padded images'.
+        """
+        if self.image_hw is None:
+            return None
+        size = (x.shape[1], x.shape[2])
+        if any(padded % n for padded, n in zip(self.padded_hw, size, strict=True)):
+            raise ValueError(
+                "Padded images must be a multiple of the strides high and wide, received "
+                f"{self.padded_hw} with features of {size}. Pad them to a multiple of 32."
+            )
+        strides = (self.padded_hw[0] // size[0], self.padded_hw[1] // size[1])
+        return valid_positions(self.image_hw, size, strides)[..., None]
+
+    def fill(self, x: jax.Array, value: float = 0.0) -> jax.Array:
+        """The features with one value in the padding."""
+        mask = self.mask(x)
+        return x if mask is None else jnp.where(mask, x, value)
+
+    def leave_out_of(self, norm: ModuleFactory) -> ModuleFactory:
+        """A normalization with the padding left out of its statistics and zero in its output."""
+        if self.image_hw is None:
+            return norm
+
+        @functools.wraps(norm)
+        def make(*args: Any, **options: Any) -> Any:
+            layer: Any = norm(*args, **options)
+
+            def apply(x: jax.Array) -> jax.Array:
+                mask: Any = self.mask(x)
+                # Flax's normalizations want a mask of every channel.
+                own = isinstance(layer, BatchChannelNorm)
+                y = layer(x, mask=mask if own else jnp.broadcast_to(mask, x.shape))
+                return jnp.where(mask, y, 0)
+
+            return apply
+
+        return make
+
+
+def valid_positions(
+    image_hw: jax.Array, size: tuple[int, int], strides: tuple[int, int]
+) -> jax.Array:
+    """True [B, *size] where features with these strides belong to an image of ``image_hw``."""
+    height, width = -(-image_hw[:, 0] // strides[0]), -(-image_hw[:, 1] // strides[1])
+    rows = jnp.arange(size[0])[None] < height[:, None]
+    columns = jnp.arange(size[1])[None] < width[:, None]
+    return rows[:, :, None] & columns[:, None, :]
