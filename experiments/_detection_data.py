@@ -129,9 +129,7 @@ class DetectionData:
     def eval_source(self) -> CocoSource:
         """The images to evaluate on, those without an object included."""
         config = self.config
-        return load_coco(
-            *self._eval_files, masks=False, keep_empty=True, max_boxes=config.slots
-        )
+        return load_coco(*self._eval_files, masks=False, keep_empty=True, max_boxes=config.slots)
 
     @property
     def _eval_files(self) -> tuple[Path, Path]:

@@ -41,8 +41,10 @@ def main(argv: list[str]) -> int:
 def _predict(argv: list[str]) -> None:
     options = tyro.cli(PredictOptions, args=argv, prog="predict")
     model = load_model(options.model)
-    inputs = np.stack([model.recipe.read_input(path, model.data) for path in options.files])
-    outputs = jax.device_get(jax.jit(model.predict_fn())(inputs))
+    read = [model.recipe.read_input(path, model.data) for path in options.files]
+    inputs = jax.tree.map(lambda *each: np.stack(each), *read)
+    batch = jax.device_get(jax.jit(model.predict_fn())(inputs))
+    outputs = [jax.tree.map(lambda x, row=row: x[row], batch) for row in range(len(read))]
     rows = [
         {"file": path.name} | row
         for path, output in zip(options.files, outputs, strict=True)

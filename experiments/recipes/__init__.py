@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments._classification import ClassificationRecipe
+from experiments._detection import PUBLISHED_FACTS, DetectionRecipe
 from experiments._image_data import SIZES
 from experiments._recipe import (
     DataConfig,
@@ -18,10 +19,10 @@ from experiments._recipe import (
     Weight,
     WeightConfig,
 )
-from experiments.recipes import cifar, imagenet, small
+from experiments.recipes import cifar, coco, imagenet, scenes, small
 from wsbcn_flax.training import BatchConfig
 
-PUBLISHED = imagenet.PUBLISHED | cifar.PUBLISHED
+PUBLISHED = imagenet.PUBLISHED | cifar.PUBLISHED | coco.PUBLISHED
 
 _NORMS: tuple[Norm, ...] = typing.get_args(Norm)
 _WEIGHTS: tuple[Weight, ...] = typing.get_args(Weight)[1:]
@@ -36,8 +37,10 @@ MODELS: dict[str, tuple[str, ...]] = {
     "cifar10": tuple(cifar.TRAININGS),
     "cifar100": tuple(cifar.TRAININGS),
     "imagenet": tuple(imagenet.TRAININGS),
+    "coco": tuple(coco.SCHEDULES),
+    "scenes": scenes.MODELS,
 }
-_NAME = re.compile(rf"({'|'.join(_DATA)})_(.+)_({'|'.join(_NORMS)})(?:_({'|'.join(_WEIGHTS)}))?")
+_NAME = re.compile(rf"({'|'.join(MODELS)})_(.+)_({'|'.join(_NORMS)})(?:_({'|'.join(_WEIGHTS)}))?")
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -52,7 +55,7 @@ def recipe_names() -> tuple[str, ...]:
     )
 
 
-def get_recipe(name: str) -> ClassificationRecipe:
+def get_recipe(name: str) -> Recipe:
     """Returns the recipe of that name.
 
     Raises:
@@ -67,6 +70,10 @@ def get_recipe(name: str) -> ClassificationRecipe:
         )
     data, model, norm, weight = match.groups()
     kind = typing.cast(Weight, weight or "none")
+    if data in PUBLISHED_FACTS:
+        family = coco if data == "coco" else scenes
+        norm_config = NormConfig(kind=typing.cast(Norm, norm))
+        return family.make_recipe(model, norm_config, WeightConfig(kind=kind))
     if data in small.DATA:
         return ClassificationRecipe(
             data=_DATA[data],
@@ -102,11 +109,14 @@ def describe_names(*, separator: str) -> str:
 def describe(name: str) -> str:
     """Describes a recipe: its published result if it has one, and its cost."""
     recipe = get_recipe(name)
-    steps = round(recipe.epochs * (SIZES[recipe.data.name].train_size // recipe.batch.size))
+    sizes = {name: size.train_size for name, size in SIZES.items()}
+    sizes |= {name: facts["train_size"] for name, facts in PUBLISHED_FACTS.items()}
+    steps = round(recipe.epochs * (sizes[recipe.data.name] // recipe.batch.size))
     lines = [f"{steps:,} steps of {recipe.batch.size} images."]
     for published, row in PUBLISHED.items():
-        if published.startswith(f"{recipe.data.name}_{recipe.model.name}_"):
-            lines.append(f"FLOPs of the convolutions: {row.flops:.1e}.")
+        if _data_and_model(published) == _data_and_model(name):
+            if row.flops is not None:
+                lines.append(f"FLOPs of the convolutions: {row.flops:.1e}.")
             if published == name:
                 lines.append(f"Expected error: {row.error} ({row.source}).")
             else:
@@ -114,7 +124,16 @@ def describe(name: str) -> str:
     return " ".join(lines)
 
 
-_TASKS: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}
+def _data_and_model(name: str) -> tuple[str, str]:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return match[1], match[2]
+
+
+_TASKS: dict[str, type[Recipe]] = {
+    "classification": ClassificationRecipe,
+    "detection": DetectionRecipe,
+}
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -141,9 +160,13 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def _from_dict(kind: Any, value: Any) -> Any:
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        # JSON has no tuples.
-        return tuple(value) if typing.get_origin(kind) is tuple else value
+        return _tuples(value) if typing.get_origin(kind) is tuple else value
     hints = typing.get_type_hints(kind)
     if unknown := set(value) - set(hints):
         raise KeyError(f"unknown: {', '.join(unknown)}")
     return kind(**{name: _from_dict(hints[name], item) for name, item in value.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Returns lists, which JSON has in the place of tuples, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -45,9 +45,10 @@ class Published(NamedTuple):
     Attributes:
         error: Errors in percent.
         source: Where they are published.
-        flops: Floating-point operations of the whole training, in the convolutions.
+        flops: Floating-point operations of the whole training, in the convolutions; None where
+            they were not counted.
     """
 
     error: str
     source: str
-    flops: float
+    flops: float | None

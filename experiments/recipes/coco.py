@@ -63,9 +63,7 @@ def make_recipe(model: str, norm: NormConfig, weight: WeightConfig) -> Detection
     detector, _, backbone = model.rpartition("_")
     per_epoch = PUBLISHED_FACTS["coco"]["train_size"] // schedule.batch
     return DetectionRecipe(
-        data=CocoConfig(
-            name="coco", train_split="train2017", eval_split="val2017", caffe=True
-        ),
+        data=CocoConfig(name="coco", train_split="train2017", eval_split="val2017", caffe=True),
         model=DetectorConfig(backbone=backbone, with_mask=detector == "mask_rcnn"),
         norm=dataclasses.replace(norm, groups=32),
         weight=dataclasses.replace(weight, preset="official"),

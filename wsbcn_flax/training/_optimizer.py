@@ -1,4 +1,4 @@
-"""SGD with momentum, weight decay on kernels only, and learning-rate schedules in epochs."""
+"""SGD with momentum or AdamW, with learning-rate schedules in epochs."""
 
 import dataclasses
 import fnmatch
@@ -8,18 +8,23 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
+Kind = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """SGD with momentum, as the authors train: the learning rate multiplies the momentum buffer.
+    """SGD with momentum or AdamW, and the schedule of the learning rate.
+
+    SGD is PyTorch's, as the authors train: the learning rate multiplies the momentum buffer, and
+    weight decay is added to the gradient. AdamW adds it to the update.
 
     Attributes:
-        learning_rate: at its peak.
-        momentum: of the buffer, 0 to below 1.
-        nesterov: whether the momentum is Nesterov's.
-        weight_decay: added to the gradient of kernels, times the kernel.
+        kind: Optimizer, "sgd" or "adamw".
+        learning_rate: Learning rate at its peak.
+        momentum: Momentum of SGD, and beta 1 of AdamW, from 0 to below 1.
+        nesterov: Whether SGD's momentum is Nesterov's.
+        weight_decay: Weight decay of kernels.
         decays_everything: whether scales and biases decay too, as they do in PyTorch's SGD.
         decays_biases: whether biases are part of everything; detectors leave them out.
         bias_factor: Factor of the learning rate of biases; detectors take 2.
@@ -43,6 +48,7 @@ class OptimizerConfig:
         [0.1, 0.01, 0.001]
     """
 
+    kind: Kind = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
@@ -58,6 +64,8 @@ class OptimizerConfig:
     decay: float = 0.1
 
     def __post_init__(self):
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {get_args(Kind)}, received {self.kind!r}.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, received {self.learning_rate}.")
         if not 0 <= self.momentum < 1:
@@ -116,10 +124,14 @@ class OptimizerConfig:
         matches none.
         """
         mask = None if self.decays_everything and self.decays_biases else self._decay_mask
-        steps = [
-            optax.add_decayed_weights(self.weight_decay, mask=mask),
-            optax.sgd(schedule, self.momentum or None, self.nesterov),
-        ]
+        if self.kind == "adamw":
+            adam = optax.adamw(schedule, self.momentum, weight_decay=self.weight_decay, mask=mask)
+            steps = [adam]
+        else:
+            steps = [
+                optax.add_decayed_weights(self.weight_decay, mask=mask),
+                optax.sgd(schedule, self.momentum or None, self.nesterov),
+            ]
         if self.bias_factor != 1:
             steps.append(optax.masked(optax.scale(self.bias_factor), _bias_mask))
         if self.frozen:
