@@ -87,3 +87,17 @@ def valid_positions(
     rows = jnp.arange(size[0])[None] < height[:, None]
     columns = jnp.arange(size[1])[None] < width[:, None]
     return rows[:, :, None] & columns[:, None, :]
+
+
+def repeat_edges(x: jax.Array, image_hw: jax.Array, stride: int) -> jax.Array:
+    """Repeats the last row and column of each image once into the padding of x [B, H, W, C].
+
+    Interpolation between the last position and the next then gives what it gives at the border of
+    an array, where it takes the last position for both.
+    """
+    for axis in (1, 2):
+        size = -(-image_hw[:, axis - 1] // stride)
+        is_next = jnp.arange(x.shape[axis])[None] == size[:, None]
+        is_next = jnp.expand_dims(is_next, (3 - axis, 3))
+        x = jnp.where(is_next, jnp.roll(x, 1, axis), x)
+    return x

@@ -1,8 +1,9 @@
 """Tasks: what a model is trained for, as pure functions that the one training loop calls."""
 
 from wsbcn_flax.tasks._classification import Classification
+from wsbcn_flax.tasks._detection import Detection
 from wsbcn_flax.tasks._ema import Ema
 from wsbcn_flax.tasks._mean import Mean
 from wsbcn_flax.tasks._task import Batch, LossFn, Metrics, Task
 
-__all__ = ["Batch", "Classification", "Ema", "LossFn", "Mean", "Metrics", "Task"]
+__all__ = ["Batch", "Classification", "Detection", "Ema", "LossFn", "Mean", "Metrics", "Task"]

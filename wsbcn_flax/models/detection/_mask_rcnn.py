@@ -38,7 +38,6 @@ class MaskRCNN(nn.Module):
         features: Number of channels of the pyramid, the proposal network and the convolutions of
             the heads.
         hidden: Number of channels of the box head's dense layer.
-        num_anchors: Number of anchors at each position.
         box_size, mask_size: Side of the regions' features that the heads take.
         conv: Maker of the convolutions that a normalization follows, called like ``nn.Conv``.
         norm: Maker of a normalization, which is told the mode as in ``ResNet``.
@@ -71,7 +70,6 @@ class MaskRCNN(nn.Module):
     with_mask: bool = True
     features: int = 256
     hidden: int = 1024
-    num_anchors: int = 3
     box_size: int = 7
     mask_size: int = 14
     conv: ModuleFactory = nn.Conv
@@ -81,7 +79,7 @@ class MaskRCNN(nn.Module):
     def setup(self):
         options: dict[str, Any] = {"conv": self.conv, "norm": self.norm, "dtype": self.dtype}
         self.fpn = FPN(self.features, **options)
-        self.rpn = RPNHead(self.features, self.num_anchors, dtype=self.dtype)
+        self.rpn = RPNHead(self.features, dtype=self.dtype)
         self.box_head = BoxHead(
             self.num_classes, features=self.features, hidden=self.hidden, **options
         )
