@@ -28,12 +28,12 @@ class Entry:
     """One way to build and call one public module.
 
     Attributes:
-        name: of the module in its package's ``__all__``.
-        make: builds the module, computing in the dtype given.
-        shape: of the input.
-        params: the names of its parameters.
-        stats: the names of its running statistics.
-        call: keywords of a call in training.
+        name: Name of the module in its package's ``__all__``.
+        make: Function from a computation dtype to the module.
+        shape: Shape of the input.
+        params: Names of the module's parameters.
+        stats: Names of the module's running statistics.
+        call: Keyword arguments of a call in training.
     """
 
     name: str
@@ -223,7 +223,7 @@ CATALOGUE: dict[str, Entry] = {
         name="ResNet",
         make=_network(
             ResNet,
-            stage_sizes=(1, 1),
+            stage_sizes=(1,),
             features=8,
             stem_features=4,
             block=functools.partial(Bottleneck, groups=2),

@@ -75,6 +75,12 @@ def tree_relative_error(actual, expected) -> float:
     return max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected)))
 
 
+def relative_difference(one, other) -> float:
+    """The largest over all arrays of max |a - b| / max |a|; arrays of zeros may stay so."""
+    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
+    return max(jax.tree.leaves(scaled))
+
+
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     """Standard normal numbers that do not depend on the default dtype."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)

@@ -1,5 +1,6 @@
 """What every public layer and model must do under JAX's transformations."""
 
+import contextlib
 import functools
 
 import chex
@@ -63,7 +64,8 @@ def gradients(entry, loss_fn):
 
 @pytest.fixture(scope="module")
 def in_float32(entry, gradients):
-    with jax.checking_leaks():
+    # Without JAX's caches of traces, which is slow; of whole networks the test below checks them.
+    with jax.checking_leaks() if entry in PARTS.values() else contextlib.nullcontext():
         return gradients(entry.example())
 
 
@@ -176,13 +178,16 @@ def test_float64(entry):
 
 
 def test_whole_networks_in_other_dtypes(entry, in_float32):
-    """Numbers of the output in bfloat16, dtypes alone in float64; of parts, dtypes alone."""
+    """Numbers of the output in bfloat16, dtypes alone in float64; of parts, dtypes alone.
+
+    No tracer leaks.
+    """
     if entry not in PARTS.values():
         apply = functools.partial(entry.apply, dtype=jnp.bfloat16)
         with strict_promotion(entry):
             y, after = jax.jit(apply)(entry.variables, entry.example(jnp.bfloat16))
         check_half_precision(entry, in_float32, jnp.bfloat16, y, after)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.checking_leaks():
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), entry.variables)
         y, after = jax.eval_shape(entry.apply, wide, entry.example(jnp.float64))
     assert y.dtype == jnp.float64

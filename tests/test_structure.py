@@ -101,20 +101,27 @@ def test_all_is_what_the_package_imports(package):
             assert exported.__doc__, name
 
 
-def modules(statement):
-    """What a fresh interpreter has imported after the statement."""
-    code = f"import sys, json; {statement}; print(json.dumps(list(sys.modules)))"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return set(json.loads(out.stdout.splitlines()[-1]))
+@pytest.fixture(scope="module")
+def modules_after():
+    """Modules of a fresh interpreter after each statement, one after another."""
+    statements = {
+        "flax": "import flax.linen",
+        "library": "import wsbcn_flax",
+        "packages": "import wsbcn_flax.models, wsbcn_flax.data",
+        "training": "import wsbcn_flax.training.checkpoints, wsbcn_flax.training.writers",
+    }
+    report = "; print(json.dumps(list(sys.modules)))"
+    code = "\n".join(["import sys, json", *(s + report for s in statements.values())])
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return dict(zip(statements, map(set, map(json.loads, out.stdout.splitlines())), strict=True))
 
 
-def test_networks_and_loops_are_imported_by_name():
-    assert not modules("import wsbcn_flax") & {f"wsbcn_flax.{name}" for name in BY_NAME}
+def test_networks_and_loops_are_imported_by_name(modules_after):
+    assert not modules_after["library"] & {f"wsbcn_flax.{name}" for name in BY_NAME}
 
 
-def test_importing_is_cheap():
+def test_importing_is_cheap(modules_after):
     """Nothing heavy comes with the library that does not come with flax.linen."""
     heavy = {
         "tensorflow",
@@ -131,29 +138,34 @@ def test_importing_is_cheap():
     }
 
     def loaded(statement):
-        return {name.split(".")[0] for name in modules(statement)} & heavy
+        return {name.split(".")[0] for name in modules_after[statement]}
 
-    library = "import wsbcn_flax, wsbcn_flax.models, wsbcn_flax.data"
-    assert loaded(library) <= loaded("import flax.linen")
+    assert loaded("packages") & heavy <= loaded("flax")
+    # Checkpoints and writers import what they need when they are used.
+    assert not {"orbax", "orbax.checkpoint", "tensorboardX"} & modules_after["training"]
 
 
-@pytest.mark.parametrize(
-    ("module", "extra", "statement"),
-    [
+def test_a_missing_package_is_an_error_that_names_its_extra():
+    cases = [
         ("orbax", "train", "training.Checkpointer('folder')"),
         ("grain", "train", "data.train_batches([0], batch_size=1, seed=0)"),
         ("tensorflow_datasets", "train", "data.load_split('digits', 'train', data_dir='absent')"),
         ("cv2", "jpeg", "data.DecodeImage().map({'image': b'...'})"),
         ("pycocotools", "coco", "data.CocoEvaluator('instances.json')"),
         ("tensorboardX", "tensorboard", "training.writers.TensorBoardWriter('folder')"),
-    ],
-)
-def test_a_missing_package_is_an_error_that_names_its_extra(module, extra, statement):
+    ]
     code = (
-        f"import sys; sys.modules[{module!r}] = None\n"
+        "import sys\n"
         "from wsbcn_flax import data, training\n"
         "from wsbcn_flax.training import writers\n"
-        f"try: {statement}\nexcept ImportError as error: print(error)"
+        f"for module, _, statement in {cases}:\n"
+        "    sys.modules[module] = None\n"
+        "    try: exec(statement)\n"
+        "    except ImportError as error: print(error)\n"
+        "    del sys.modules[module]"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert out.stdout.endswith(f"run: pip install 'wsbcn_flax[{extra}]'\n"), out.stdout + out.stderr
+    lines = out.stdout.splitlines()
+    assert len(lines) == len(cases), out.stdout + out.stderr
+    for (_, extra, _), line in zip(cases, lines, strict=True):
+        assert line.endswith(f"run: pip install 'wsbcn_flax[{extra}]'")

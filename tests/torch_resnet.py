@@ -7,12 +7,11 @@
 import functools
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from wsbcn_flax.transforms import checkpoint_spec, export_checkpoint, import_checkpoint
+from wsbcn_flax.transforms._checkpoints import _entries
 
 GOLDEN = Path(__file__).parent / "golden" / "import_logits.npz"
 NAMES = ("R-50-GN-WS", "X-50-32x4d-GN-WS", "R-50-BCN-WS", "resnet18")
@@ -56,18 +55,11 @@ def _random(rng, leaf, shape):
     return 0.3 * numbers
 
 
-@functools.cache
-def _shapes(name):
-    init = functools.partial(checkpoint_spec(name).make_model().init, train=False)
-    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    return traverse_util.flatten_dict(shapes)
-
-
 def numbered_variables(name):
     """Variables whose numbers tell where they are: within an array, all of them differ."""
     leaves = {
-        path: (index + np.arange(array.size).reshape(array.shape)).astype(np.float32)
-        for index, (path, array) in enumerate(_shapes(name).items())
+        entry.path: (i + np.arange(entry.array.size).reshape(entry.array.shape)).astype(np.float32)
+        for i, entry in enumerate(_entries(name))
     }
     return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
 

@@ -1,13 +1,14 @@
 """What tests of commands share."""
 
-import functools
 import io
+import os
+import subprocess
 
 import pytest
 from rich.console import Console
+from tiny_train import COMMAND, TINY_NETWORK
 
 from experiments import _models
-from wsbcn_flax import models
 
 
 @pytest.fixture
@@ -19,10 +20,20 @@ def console():
 @pytest.fixture
 def tiny_network(monkeypatch, quick_compilation):
     """Makes resnet8 a stem and one block, for tests of what is done with any network."""
-    tiny = functools.partial(
-        models.ResNet, stage_sizes=(1,), features=8, block=models.BasicBlock, stem_features=4
-    )
-    monkeypatch.setitem(_models.MODELS, "resnet8", tiny)
+    monkeypatch.setitem(_models.MODELS, "resnet8", TINY_NETWORK)
+
+
+@pytest.fixture
+def tiny_processes(monkeypatch, tiny_network):
+    """Makes trainings in processes of their own train the tiny network, too."""
+    start = subprocess.Popen
+
+    def start_tiny(command, *, env=os.environ, **options):
+        command = [COMMAND if part == "experiments.train" else part for part in command]
+        env = {**env, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        return start(command, env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_tiny)
 
 
 @pytest.fixture(scope="module")

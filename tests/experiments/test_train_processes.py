@@ -14,6 +14,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from oracles import relative_difference
 
 from experiments import train
 from experiments.recipes import recipe_from_dict
@@ -108,12 +109,6 @@ def final_state(folder):
         template = jax.eval_shape(lambda: experiment.init(recipe.seed))
         restored = checkpointer.restore(STEPS, template)
     return jax.device_get(restored.state)
-
-
-def relative_difference(one, other):
-    """Largest over all arrays of max |a - b| / max |a|."""
-    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
-    return max(jax.tree.leaves(scaled))
 
 
 def test_two_processes_train_as_one_through_sigterm_and_the_death_of_one(tmp_path, alone):

@@ -6,11 +6,13 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from oracles import normal
 
 from wsbcn_flax import BatchChannelNorm
 from wsbcn_flax.models import BasicBlock, Bottleneck, PreActBlock, ResNet
+from wsbcn_flax.models._padding import repeat_edges
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -76,6 +78,16 @@ def test_logits_are_those_of_the_image():
     logits, _ = trained(model, image)
     of_padded, _ = trained(model, padded, jnp.array([SIZE]))
     chex.assert_trees_all_close(of_padded, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_repeats_the_last_row_and_column():
+    x = normal(1, 2, 4, 5, 3)
+    repeated = repeat_edges(x, jnp.array([[5, 20], [16, 9]]), 4)
+    for image, height, width in [(0, 2, 5), (1, 4, 3)]:
+        edge = np.pad(x[image, :height, :width], ((0, 1), (0, 1), (0, 0)), mode="edge")[:4, :5]
+        chex.assert_trees_all_equal(
+            np.asarray(repeated[image, : edge.shape[0], : edge.shape[1]]), edge
+        )
 
 
 @pytest.mark.parametrize(

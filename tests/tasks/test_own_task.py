@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from oracles import relative_difference
 
 from wsbcn_flax import BatchChannelNorm, WeightStandardization
 from wsbcn_flax.tasks import Ema, Mean, Task
@@ -107,11 +108,6 @@ def whole():
     return course({"devices": 1})
 
 
-def relative_difference(one, other):
-    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
-    return max(jax.tree.leaves(scaled))
-
-
 @pytest.mark.parametrize(
     "split",
     [
@@ -151,15 +147,20 @@ def test_one_all_reduce():
 
 def test_it_resumes_and_is_evaluated_by_its_average(tmp_path):
     made = experiment(micro=1)
-    straight, metrics = made.run(tmp_path / "a", config=LoopConfig(steps=4, show_progress=False))
-    made.run(tmp_path / "b", config=LoopConfig(steps=2, show_progress=False))
-    resumed, again = made.run(tmp_path / "b", config=LoopConfig(steps=4, show_progress=False))
+    program = made.compile()
+
+    def run(folder, steps):
+        config = LoopConfig(steps=steps, show_progress=False)
+        return made.run(tmp_path / folder, config=config, program=program)
+
+    straight, metrics = run("a", 4)
+    run("b", 2)
+    resumed, again = run("b", 4)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     assert metrics == again
     assert (tmp_path / "a" / "data.json").read_text() == '{\n  "pixels": 36\n}\n'
 
     # The average, by hand: decay min(0.9, (1 + k) / (10 + k)) at step k.
-    program = made.compile()
     state = program.init(0)
     average = jax.device_get(state.params)
     for number, batch in zip(range(1, 5), made.batches(program.partition, 0, 0), strict=False):

@@ -255,7 +255,7 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
     rng = random.Random(0)
     committed = 0
     template = {"step": jnp.int32(0), "x": jnp.zeros(5_000_000)}
-    for _ in range(4):
+    for _ in range(3):
         warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache"]
         command = [sys.executable, *warnings, "-c", TRAIN_FOREVER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -269,8 +269,3 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
         assert step >= committed
         assert state["step"] == step
         np.testing.assert_array_equal(state["x"], np.arange(5_000_000, dtype=np.float32) + step)
-
-
-def test_importing_does_not_import_orbax():
-    code = "import sys, wsbcn_flax.training.checkpoints; assert 'orbax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

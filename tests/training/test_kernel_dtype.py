@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from wsbcn_flax import WeightStandardization
-from wsbcn_flax.models import CifarResNet
+from wsbcn_flax.models import BasicBlock, ResNet
 from wsbcn_flax.tasks import Classification
 from wsbcn_flax.training import MicroBatches, TrainState, make_train_step
 
@@ -67,7 +67,15 @@ def test_a_network_takes_the_step_that_it_takes_without():
         "image": rng.normal(size=(4, 8, 8, 3)).astype(np.float32),
         "label": np.arange(4, dtype=np.int32),
     }
-    task = Classification(model=CifarResNet(depth=8, width=8, dtype=jnp.bfloat16))
+    model = ResNet(
+        stage_sizes=(1,),
+        features=8,
+        stem_features=8,
+        block=BasicBlock,
+        num_classes=10,
+        dtype=jnp.bfloat16,
+    )
+    task = Classification(model=model)
     variables = jax.jit(task.init)(jax.random.key(0), batch)
 
     def updates(kernel_dtype):

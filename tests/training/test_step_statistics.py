@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import freeze, unfreeze
+from oracles import relative_difference
 
 from wsbcn_flax import BatchChannelNorm, WeightStandardization
 from wsbcn_flax.training import MicroBatches, Partition, TrainState, make_train_step
@@ -80,7 +81,9 @@ def make_loss_fn(model, *, masked):
     return loss_fn
 
 
-def one_step(model, batch, *, masked, mode="jit", devices=1, state=None, **micro):
+@functools.cache
+def make_step(model, *, masked, mode="jit", devices=1, **micro):
+    """The partition and the step that it compiles, one for all tests of the same split."""
     partition = Partition(mode=mode, devices=jax.devices()[:devices])
     step = make_train_step(
         make_loss_fn(model, masked=masked),
@@ -89,18 +92,15 @@ def one_step(model, batch, *, masked, mode="jit", devices=1, state=None, **micro
         micro_batches=MicroBatches(**micro),
         axis_name=partition.axis_name,
     )
+    return partition, partition.compile(step)
+
+
+def one_step(model, batch, *, state=None, **options):
+    partition, step = make_step(model, **options)
     if state is None:
         variables = jax.jit(model.init)(jax.random.key(0), batch["x"][:1])
         state = TrainState.create(variables, SGD)
-    state, metrics = partition.compile(step)(
-        partition.place_state(state), partition.place_batch(batch)
-    )
-    return jax.device_get(state), jax.device_get(metrics)
-
-
-def relative_difference(one, other):
-    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
-    return max(jax.tree.leaves(scaled))
+    return jax.device_get(step(partition.place_state(state), partition.place_batch(batch)))
 
 
 SCAN = {"count": 4, "loop": "scan"}
@@ -154,10 +154,11 @@ def apply_twice(first, second, **options):
             return norm(first), norm(second)
 
     model = Twice()
-    variables = model.init(jax.random.key(0), first, second)
+    variables = jax.jit(model.init)(jax.random.key(0), first, second)
     stats = {"norm": {"mean": jnp.arange(8.0), "var": jnp.full(8, 3.0), "count": jnp.float32(5)}}
     variables = {**variables, "batch_stats": stats}
-    outputs, updates = model.apply(variables, first, second, mutable=["batch_stats"])
+    apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
+    outputs, updates = apply(variables, first, second)
     return outputs, updates["batch_stats"]["norm"]
 
 
@@ -167,10 +168,10 @@ def test_two_calls_in_one_apply_are_one_call_on_both(batch):
     (y1, y2), twice = apply_twice(first, second)
     norm = Norm(use_running_average=False)
     x = jnp.concatenate([first, second])
-    variables = norm.init(jax.random.key(0), x)
+    variables = jax.jit(norm.init)(jax.random.key(0), x)
     stats = {"mean": jnp.arange(8.0), "var": jnp.full(8, 3.0), "count": jnp.float32(5)}
     variables = {**variables, "batch_stats": stats}
-    y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+    y, updates = jax.jit(functools.partial(norm.apply, mutable=["batch_stats"]))(variables, x)
     chex.assert_trees_all_close(jnp.concatenate([y1, y2]), y, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(twice, updates["batch_stats"], rtol=1e-6)
     assert float(twice["count"]) == 6
@@ -179,7 +180,7 @@ def test_two_calls_in_one_apply_are_one_call_on_both(batch):
 def test_applies_do_not_know_of_each_other(batch):
     """The next apply begins with the statistics it receives."""
     norm = Norm(use_running_average=False)
-    variables = norm.init(jax.random.key(0), batch["x"])
+    variables = jax.jit(norm.init)(jax.random.key(0), batch["x"])
     for count in (1, 2, 3):
         _, updates = norm.apply(variables, batch["x"], mutable=["batch_stats"])
         variables = {**variables, **updates}
@@ -206,7 +207,7 @@ def test_stacked_layers_have_sums_of_their_own(batch):
 
     x = batch["x"].reshape(8, 2, 8, 8, 8)
     model = Ensemble()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
 
     def loss_fn(params, batch_stats, batch, *, rng):
         variables = {"params": params, "batch_stats": batch_stats}

@@ -94,16 +94,6 @@ def test_every_published_checkpoint_has_a_name():
     assert set(PUBLISHED) <= set(checkpoint_names())
 
 
-def test_the_prefix_and_the_rest_of_a_file_do_not_matter():
-    variables = numbered_variables("resnet18")
-    arrays = export_checkpoint(variables, "resnet18")
-    prefixed = {f"module.{key}": array for key, array in arrays.items()}
-    for state_dict in (prefixed, {"epoch": 90, "state_dict": prefixed}):
-        imported = import_checkpoint(state_dict, "resnet18")
-        jax.tree.map(np.testing.assert_array_equal, imported, variables)
-        assert guess_checkpoint_name(state_dict) == "resnet18"
-
-
 @functools.cache
 def evaluate(name):
     return jax.jit(functools.partial(checkpoint_spec(name).make_model().apply, train=False))
@@ -122,7 +112,11 @@ def our_logits(name):
     return logits(name, checkpoint_spec(name).preset)
 
 
-@pytest.mark.parametrize("name", torch_resnet.NAMES)
+# Each convention of weight standardization; `test_convert.py` has the others of the golden logits.
+each_convention = pytest.mark.parametrize("name", ["X-50-32x4d-GN-WS", "R-50-BCN-WS"])
+
+
+@each_convention
 def test_logits_are_those_that_pytorch_computed(name):
     """Golden logits of the PyTorch model with the same weights: see torch_resnet.py."""
     assert relative_error(our_logits(name), np.load(torch_resnet.GOLDEN)[name]) < TOLERANCE
@@ -134,7 +128,7 @@ def test_logits_are_those_of_pytorch(name):
     assert relative_error(our_logits(name), torch_resnet.logits(name)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["R-50-GN-WS", "X-50-32x4d-GN-WS", "R-50-BCN-WS"])
+@each_convention
 def test_logits_of_another_convention_are_others(name):
     """The oracle tells where epsilon stands and what the variance divides by."""
     golden = np.load(torch_resnet.GOLDEN)[name]
@@ -161,17 +155,18 @@ def test_plain_batch_norm_has_no_count():
     jax.tree.map(np.testing.assert_array_equal, *imported)
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.model."],
-)
-def test_prefixes_of_wrappers_do_not_matter(prefix):
+def test_prefixes_of_wrappers_and_the_rest_of_a_file_do_not_matter():
     variables = numbered_variables("resnet18")
     arrays = export_checkpoint(variables, "resnet18")
-    state_dict = {f"{prefix}{key}": array for key, array in arrays.items()}
-    assert guess_checkpoint_name(state_dict) == "resnet18"
-    imported = import_checkpoint({"state_dict": state_dict}, "resnet18")
-    jax.tree.map(np.testing.assert_array_equal, imported, variables)
+    prefixes = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module."]
+    prefixed = [
+        {f"{prefix}{key}": array for key, array in arrays.items()}
+        for prefix in [*prefixes, "model.model."]
+    ]
+    for state_dict in (*prefixed, {"epoch": 90, "state_dict": prefixed[0]}):
+        assert guess_checkpoint_name(state_dict) == "resnet18"
+        imported = import_checkpoint(state_dict, "resnet18")
+        jax.tree.map(np.testing.assert_array_equal, imported, variables)
 
 
 def test_a_prefix_that_some_keys_lack_is_none():

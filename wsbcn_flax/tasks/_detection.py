@@ -54,10 +54,11 @@ class Detection(Task):
 
     Attributes:
         model: Networks.
-        convention: Convention of boxes, anchors and targets. With
+        convention: Convention of boxes, anchors and targets; mask targets are binary in any. With
             ``proposals_per="device"``, as in ``AUTHORS``, proposals are the best of all images of a
             device's micro-batch, and losses are normalized over all of them: as published, and no
-            longer the same however the batch is split.
+            longer the same however the batch is split. ``dataclasses.replace(AUTHORS,
+            proposals_per="image")`` keeps the rest.
         leave_out_padding: Whether the padding counts neither in statistics of the normalizations
             nor as a place of anchors; the detections are then those of the image alone.
         anchor_sizes: Side of the square anchors of the five levels, in pixels.
