@@ -7,11 +7,16 @@ BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-detection test lint bench clean
 
 demo: $(VENV)/.demo
 	@echo 'training 12 small networks, about 3 minutes on two quiet cores'
 	$(BIN)/python -m experiments.compare --out runs/demo
+
+demo-detection: $(VENV)/.scenes
+	$(BIN)/python -m experiments.scenes --out runs/data/scenes
+	$(BIN)/python -m experiments.train scenes_mask_rcnn_tiny_gn_ws --data.data-dir runs/data --out runs/detection
+	$(BIN)/python -m experiments.detect runs/detection runs/data/scenes/val/00000[1-8].jpg --figure runs/detection/detections.png
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -33,6 +38,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras; a change of the pins or of the requirements installs again.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo $(VENV)/.scenes $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@
