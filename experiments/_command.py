@@ -1,19 +1,41 @@
-"""The frame of every command: exit status, errors of users, the debugger."""
+"""The frame of every command: options, exit status, errors of users, the debugger."""
 
 import dis
+import functools
 import pdb
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import tyro
 
 from wsbcn_flax.training.preemption import PREEMPTED_STATUS, PreemptedError
 
 _OURS = {"experiments", "wsbcn_flax"}
 
 
+def make_main(command: Callable[..., object], *, options: Any = None) -> Callable[[list[str]], int]:
+    """Makes the ``main(argv)`` of a command from a function whose arguments are its options.
+
+    With ``options``, a dataclass or a union of dataclasses, the function takes one of these alone.
+    """
+    prog = command.__name__.strip("_")
+
+    def parse_and_run(argv: list[str]) -> None:
+        if options is None:
+            tyro.cli(command, args=argv, prog=prog)
+        else:
+            command(tyro.cli(options, args=argv, prog=prog))
+
+    return functools.partial(run_command, parse_and_run)
+
+
 def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
-    """Runs a command and returns its exit status: 0, 1 after an error, 75 after SIGTERM.
+    """Runs a command and returns its exit status.
+
+    It is 0, 1 after an error, 75 after SIGTERM with a checkpoint, or 130 after Ctrl-C.
 
     A mistake of the user is printed in one line. Any other error keeps its traceback, and with the
     argument ``--pdb`` opens the debugger where it was raised.
@@ -23,6 +45,9 @@ def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
     except PreemptedError as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED_STATUS
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except Exception as error:
         if "--pdb" in argv:
             traceback.print_exc()

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments._detection_data import CocoConfig, DetectionData
-from experiments._models import MODELS, make_norm
+from experiments._models import make_norm, rematerialized
 from experiments._recipe import Dtype, Recipe
 from wsbcn_flax import WeightStandardization, models
 from wsbcn_flax.data import DecodeImage, PadImage
@@ -28,11 +27,11 @@ CONVENTIONS: dict[str, BoxConvention] = {
     "authors_per_image": dataclasses.replace(AUTHORS, proposals_per="image"),
     "torchvision": TORCHVISION,
 }
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "r50": MODELS["resnet50"],
-    "r101": MODELS["resnet101"],
-    "x50": MODELS["resnext50_32x4d"],
-    "x101": MODELS["resnext101_32x4d"],
+BACKBONES: dict[str, functools.partial] = {
+    "r50": models.ResNet50,
+    "r101": models.ResNet101,
+    "x50": models.ResNeXt50_32x4d,
+    "x101": models.ResNeXt101_32x4d,
     "tiny": functools.partial(
         models.ResNet,
         stage_sizes=(1, 1, 1, 1),
@@ -48,8 +47,8 @@ class DetectorConfig:
     """A detector.
 
     Attributes:
-        backbone: Name of the backbone: r50, r101, x50, x101 or tiny.
-        with_mask: Whether to segment objects (Mask R-CNN) or only to box them (Faster R-CNN).
+        name: Name {mask,faster}_rcnn_{backbone}. Mask R-CNN segments objects, Faster R-CNN boxes
+            them; backbones are r50, r101, x50, x101 and tiny.
         features: Number of channels of the pyramid and of the heads.
         hidden: Number of channels of the box head's dense layer.
         frozen_stages: Number of parts of the backbone that are not trained: 2 are the stem and the
@@ -66,8 +65,7 @@ class DetectorConfig:
         remat: Whether residual blocks are computed again in the backward pass.
     """
 
-    backbone: str = "r50"
-    with_mask: bool = True
+    name: str = "mask_rcnn_r50"
     features: int = 256
     hidden: int = 1024
     frozen_stages: int = 2
@@ -80,10 +78,33 @@ class DetectorConfig:
     dtype: Dtype = "float32"
     remat: bool = False
 
+    def __post_init__(self):
+        kind, _, backbone = self.name.rpartition("_")
+        if kind not in ("mask_rcnn", "faster_rcnn") or backbone not in BACKBONES:
+            raise ValueError(
+                "model.name must be mask_rcnn or faster_rcnn with one of "
+                f"_{', _'.join(BACKBONES)}, received {self.name!r}."
+            )
+
+    @property
+    def with_mask(self) -> bool:
+        """Whether there is a mask head."""
+        return self.name.startswith("mask")
+
+    @property
+    def backbone(self) -> functools.partial:
+        """The maker of the backbone."""
+        return BACKBONES[self.name.rpartition("_")[2]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectionRecipe(Recipe):
-    """A run of Faster R-CNN or Mask R-CNN."""
+    """A run of Faster R-CNN or Mask R-CNN.
+
+    Attributes:
+        data: Dataset.
+        model: Detector.
+    """
 
     data: CocoConfig
     model: DetectorConfig = DetectorConfig()
@@ -108,7 +129,7 @@ class DetectionRecipe(Recipe):
 
         Without data it can be compiled and counted, by the published sizes of the dataset.
         """
-        data = data or self.data_of_run(PUBLISHED_FACTS[self.data.name])
+        data = data or self.data_of_run(COCO_FACTS[self.data.name])
         task = self.task(data)
         evaluator = functools.partial(data.evaluator, pixel=task.convention.pixel)
         steps_per_epoch = max(1, data.facts()["train_size"] // self.batch.size)
@@ -130,13 +151,13 @@ class DetectionRecipe(Recipe):
         """Returns the detector of the classes in ``data`` with its losses."""
         config = self.model
         norm, dtype = make_norm(self.norm), jnp.dtype(config.dtype)
-        block = BACKBONES[config.backbone].keywords["block"]  # pyright: ignore[reportFunctionMemberAccess]
-        backbone = BACKBONES[config.backbone](
+        block = config.backbone.keywords["block"]
+        backbone = config.backbone(
             num_classes=None,
             frozen_stages=config.frozen_stages,
             norm=norm,
             dtype=dtype,
-            **({"block": nn.remat(block)} if config.remat else {}),
+            block=rematerialized(block) if config.remat else block,
         )
         return Detection(
             model=MaskRCNN(
@@ -164,8 +185,7 @@ class DetectionRecipe(Recipe):
         # A stop of the gradient hides what comes before it.
         whole = model.clone(backbone=model.backbone.clone(frozen_stages=0))
         where = normalized_convolutions(whole, images, train=False)
-        preset = self.weight.preset if self.weight.kind == "ws" else self.weight.kind
-        return WeightStandardization(preset=preset, where=where)
+        return WeightStandardization(preset=self.weight.convention, where=where)
 
     def predict_fn(
         self, data: DetectionData, variables: Mapping[str, Any]
@@ -234,4 +254,4 @@ def _published_facts(classes: int, train_size: int) -> dict[str, Any]:
 
 
 # Of COCO 2017 117,266 training images have an object.
-PUBLISHED_FACTS = {"coco": _published_facts(80, 117_266), "scenes": _published_facts(10, 9_000)}
+COCO_FACTS = {"coco": _published_facts(80, 117_266), "scenes": _published_facts(10, 9_000)}

@@ -1,6 +1,5 @@
 """Boxes, masks and labels in images: `python -m experiments.detect MODEL IMAGE [IMAGE ...]`."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import rich
 import tyro
 
-from experiments._command import run_command
+from experiments._command import make_main
 from experiments._detection import DetectionRecipe
 from experiments._model_file import TrainedModel, load_model
 from experiments._object_figures import AnnotatedImage, draw_annotated_images
@@ -21,62 +20,51 @@ from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import write_json
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectOptions:
+def detect(
+    model: tyro.conf.Positional[Path],
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    threshold: float = 0.5,
+    figure: Path | None = Path("detections.png"),
+    json: Path | None = None,
+) -> None:
     """Detects objects in image files.
 
-    Attributes:
+    Args:
         model: Folder of a run, or a file that `experiments.convert` wrote.
         files: Image files.
         threshold: Smallest score of a detection that is kept.
         figure: File for a figure of the images with their detections.
         json: File for the detections in COCO's format for results, with names of files and classes.
     """
-
-    model: tyro.conf.Positional[Path]
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    threshold: float = 0.5
-    figure: Path | None = Path("detections.png")
-    json: Path | None = None
-
-    def __post_init__(self):
-        if not self.files:
-            raise ValueError("detect needs an image file, received none.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be from 0 to 1, received {self.threshold}.")
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    return run_command(_detect, argv)
-
-
-def _detect(argv: list[str]) -> None:
-    options = tyro.cli(DetectOptions, args=argv, prog="detect")
-    check_writable(options.json)
-    model = load_model(options.model)
-    if not isinstance(model.recipe, DetectionRecipe):
+    if not files or not 0 <= threshold <= 1:
         raise ValueError(
-            f"{options.model} must be a detector, received a model of another task; for classes "
-            "run python -m experiments.predict."
+            f"detect needs an image file and a threshold from 0 to 1, received {len(files)} files "
+            f"and --threshold {threshold}."
         )
-    found = detect_files(model, options.files, threshold=options.threshold)
+    check_writable(json)
+    trained = load_model(model)
+    if not isinstance(trained.recipe, DetectionRecipe):
+        raise ValueError(
+            f"{model} must be a detector, received a model of another task; for classes run "
+            "python -m experiments.predict."
+        )
+    found = detect_files(trained, files, threshold=threshold)
     rows = [
         {"file": Path(each["file_name"]).name, "class": each["category"]}
         | {"score": f"{each['score']:.3f}", "box": " ".join(f"{x:.1f}" for x in each["bbox"])}
         for each in found
     ]
     if rows:
-        columns = {"file": "file", "class": "class", "score": "score", "box": "x y width height"}
-        shown = {key: (heading, str) for key, heading in columns.items()}
-        rich.print(table(f"{options.model}", rows, shown))
+        headings = {"file": "file", "class": "class", "score": "score", "box": "x y width height"}
+        rich.print(table(f"{model}", rows, {key: (text, str) for key, text in headings.items()}))
     else:
-        print(f"No object has a score of {options.threshold} or more; lower --threshold.")
-    if options.json is not None:
-        write_json(options.json, found)
-    if options.figure is not None:
-        _draw(options.files, found, model.data.class_names, options.figure)
-        print(f"Figure: {options.figure}")
+        print(f"No object has a score of {threshold} or more; lower --threshold.")
+    if json is not None:
+        write_json(json, found)
+    if figure is not None:
+        _draw(files, found, figure)
+        print(f"Figure: {figure}")
 
 
 def detect_files(
@@ -87,18 +75,19 @@ def detect_files(
     Each has the name of its file as ``file_name`` and of its class as ``category``. Boxes and masks
     are in pixels of the file's own image.
     """
-    detect, data = jax.jit(model.predict_fn()), model.data
+    predict, data = jax.jit(model.predict_fn()), model.data
+    names: list[str] = data.facts()["class_names"]
     found = []
     with Progress("detect", total=len(files)) as progress:
         for number, path in enumerate(files, start=1):
             raw = model.recipe.read_input(path, data)
-            outputs = jax.device_get(detect(jax.tree.map(lambda x: x[None], raw)))
+            outputs = jax.device_get(predict(jax.tree.map(lambda x: x[None], raw)))
             size = _read(path).shape[:2]
             found += _of_one_file(
                 {name: x[0] for name, x in outputs.items()},
                 size,
                 file_name=str(path),
-                names=data.class_names,
+                names=names,
                 threshold=threshold,
             )
             progress.update(number)
@@ -135,9 +124,7 @@ def _read(path: Path) -> np.ndarray:
     return DecodeImage().map({"image": path.read_bytes(), "file_name": str(path)})["image"]
 
 
-def _draw(
-    files: tuple[Path, ...], found: list[dict[str, Any]], names: list[str], path: Path
-) -> None:
+def _draw(files: tuple[Path, ...], found: list[dict[str, Any]], path: Path) -> None:
     annotated = []
     for file in files:
         own = [each for each in found if each["file_name"] == str(file)]
@@ -155,6 +142,8 @@ def _draw(
         )
     draw_annotated_images(annotated, path)
 
+
+main = make_main(detect)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -59,7 +59,6 @@ class ScenesOptions:
         seed: Seed of everything that is drawn.
         figure: File for a figure of a few images; none if not given.
         data_dir: Folder of datasets; a folder in the user's cache by default.
-        source_dir: Folder of Fashion-MNIST's four idx files, if it is not where Debian puts it.
     """
 
     out: Path = dataclasses.field(default_factory=lambda: default_data_dir() / "scenes")
@@ -69,7 +68,6 @@ class ScenesOptions:
     seed: int = 0
     figure: Path | None = None
     data_dir: Path | None = None
-    source_dir: Path | None = None
 
     def __post_init__(self):
         if self.train < 1 or self.val < 1 or self.size < 32:
@@ -102,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 def _write(options: ScenesOptions) -> None:
     items: dict[str, Any] = {
-        split: load_split("fashion", name, data_dir=options.data_dir, source_dir=options.source_dir)
+        split: load_split("fashion", name, data_dir=options.data_dir)
         for split, name in _ITEMS.items()
     }
     counts = {"train": options.train, "val": options.val}

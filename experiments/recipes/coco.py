@@ -8,40 +8,47 @@ Biases learn twice as fast and do not decay; stem and first stage are frozen. Im
 side of 800 pixels. GN and BCN have 32 groups. Backbones start from ImageNet's weights.
 """
 
-import dataclasses
-
-from experiments._detection import PUBLISHED_FACTS, DetectionRecipe, DetectorConfig
+from experiments._detection import COCO_FACTS, DetectionRecipe, DetectorConfig
 from experiments._detection_data import CocoConfig
 from experiments._recipe import NormConfig, WeightConfig
 from experiments.recipes._table import Published
 from wsbcn_flax.training import BatchConfig, OptimizerConfig
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A schedule in steps of the authors' batch.
+def _recipe(model: str, *, batch: int, steps: int, milestones: tuple[int, int]) -> DetectionRecipe:
+    """Returns the recipe of a detector, with its length and milestones in steps."""
+    per_epoch = COCO_FACTS["coco"]["train_size"] // batch
+    return DetectionRecipe(
+        data=CocoConfig(name="coco", train_split="train2017", eval_split="val2017", caffe=True),
+        model=DetectorConfig(name=model),
+        norm=NormConfig(groups=32),
+        weight=WeightConfig(preset="official"),
+        batch=BatchConfig(size=batch, loop="auto"),
+        optim=OptimizerConfig(
+            learning_rate=0.00125 * batch,
+            schedule="step",
+            milestones=tuple(step / per_epoch for step in milestones),
+            warmup_epochs=500 / per_epoch,
+            warmup_start=1 / 3,
+            decays_everything=True,
+            decays_biases=False,
+            bias_factor=2.0,
+            frozen=("backbone/stem_*", "backbone/stage1_*"),
+        ),
+        epochs=steps / per_epoch,
+    )
 
-    Attributes:
-        batch: Number of images in a step.
-        steps: Length of training.
-        milestones: Steps after which the learning rate is multiplied by 0.1.
-    """
 
-    batch: int
-    steps: int
-    milestones: tuple[int, int]
-
-
-SCHEDULES = {
-    "faster_rcnn_r50": Schedule(batch=8, steps=180_000, milestones=(120_000, 160_000)),
-    "faster_rcnn_x50": Schedule(batch=8, steps=180_000, milestones=(120_000, 160_000)),
-    "faster_rcnn_r101": Schedule(batch=4, steps=360_000, milestones=(240_000, 320_000)),
-    "faster_rcnn_x101": Schedule(batch=4, steps=360_000, milestones=(240_000, 320_000)),
-    "mask_rcnn_r50": Schedule(batch=8, steps=360_000, milestones=(300_000, 340_000)),
-    "mask_rcnn_x50": Schedule(batch=8, steps=360_000, milestones=(300_000, 340_000)),
-    "mask_rcnn_r101": Schedule(batch=4, steps=720_000, milestones=(600_000, 680_000)),
-    "mask_rcnn_x101": Schedule(batch=4, steps=720_000, milestones=(600_000, 680_000)),
-}
+RECIPES = [
+    _recipe("faster_rcnn_r50", batch=8, steps=180_000, milestones=(120_000, 160_000)),
+    _recipe("faster_rcnn_x50", batch=8, steps=180_000, milestones=(120_000, 160_000)),
+    _recipe("faster_rcnn_r101", batch=4, steps=360_000, milestones=(240_000, 320_000)),
+    _recipe("faster_rcnn_x101", batch=4, steps=360_000, milestones=(240_000, 320_000)),
+    _recipe("mask_rcnn_r50", batch=8, steps=360_000, milestones=(300_000, 340_000)),
+    _recipe("mask_rcnn_x50", batch=8, steps=360_000, milestones=(300_000, 340_000)),
+    _recipe("mask_rcnn_r101", batch=4, steps=720_000, milestones=(600_000, 680_000)),
+    _recipe("mask_rcnn_x101", batch=4, steps=720_000, milestones=(600_000, 680_000)),
+]
 
 SOURCE = "the authors' maskrcnn-benchmark README, COCO val2017"
 # Box AP, and mask AP.
@@ -55,29 +62,3 @@ PUBLISHED = {
     "coco_mask_rcnn_x50_gn_ws": Published("42.00 box AP, 37.28 mask AP", SOURCE, None),
     "coco_mask_rcnn_x101_gn_ws": Published("43.12 box AP, 38.34 mask AP", SOURCE, None),
 }
-
-
-def make_recipe(model: str, norm: NormConfig, weight: WeightConfig) -> DetectionRecipe:
-    """Returns the recipe of a model such as mask_rcnn_r50."""
-    schedule = SCHEDULES[model]
-    detector, _, backbone = model.rpartition("_")
-    per_epoch = PUBLISHED_FACTS["coco"]["train_size"] // schedule.batch
-    return DetectionRecipe(
-        data=CocoConfig(name="coco", train_split="train2017", eval_split="val2017", caffe=True),
-        model=DetectorConfig(backbone=backbone, with_mask=detector == "mask_rcnn"),
-        norm=dataclasses.replace(norm, groups=32),
-        weight=dataclasses.replace(weight, preset="official"),
-        batch=BatchConfig(size=schedule.batch, loop="auto"),
-        optim=OptimizerConfig(
-            learning_rate=0.00125 * schedule.batch,
-            schedule="step",
-            milestones=tuple(step / per_epoch for step in schedule.milestones),
-            warmup_epochs=500 / per_epoch,
-            warmup_start=1 / 3,
-            decays_everything=True,
-            decays_biases=False,
-            bias_factor=2.0,
-            frozen=("backbone/stem_*", "backbone/stage1_*"),
-        ),
-        epochs=schedule.steps / per_epoch,
-    )

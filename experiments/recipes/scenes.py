@@ -6,25 +6,18 @@ A network of 1.3 million parameters with one block in each stage, trained from s
 128 pixels. Adam with a rate of 1e-3 for a batch of 8 images, cosine decay after a warm-up.
 """
 
-import dataclasses
-
 from experiments._detection import DetectionRecipe, DetectorConfig
 from experiments._detection_data import CocoConfig
 from experiments._recipe import NormConfig, WeightConfig
 from wsbcn_flax.training import BatchConfig, OptimizerConfig
 
-MODELS = ("mask_rcnn_tiny", "faster_rcnn_tiny")
-
-
-def make_recipe(model: str, norm: NormConfig, weight: WeightConfig) -> DetectionRecipe:
-    """Returns the recipe of a model such as mask_rcnn_tiny."""
-    return DetectionRecipe(
+RECIPES = [
+    DetectionRecipe(
         data=CocoConfig(
             name="scenes", shorter=128, longer=128, buckets=((128, 128),), slots=8, threads=2
         ),
         model=DetectorConfig(
-            backbone="tiny",
-            with_mask=model.startswith("mask"),
+            name=name,
             features=64,
             hidden=256,
             frozen_stages=0,
@@ -34,11 +27,13 @@ def make_recipe(model: str, norm: NormConfig, weight: WeightConfig) -> Detection
             regions=64,
             proposals=(200, 100),
         ),
-        norm=dataclasses.replace(norm, groups=8),
-        weight=dataclasses.replace(weight, preset="official"),
+        norm=NormConfig(groups=8),
+        weight=WeightConfig(preset="official"),
         batch=BatchConfig(size=8),
         optim=OptimizerConfig(
             kind="adamw", learning_rate=1e-3, weight_decay=1e-2, warmup_epochs=0.1
         ),
         epochs=2000 / (9000 // 8),
     )
+    for name in ("mask_rcnn_tiny", "faster_rcnn_tiny")
+]

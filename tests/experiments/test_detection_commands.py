@@ -86,7 +86,10 @@ def test_commands_take_the_run(run, dataset, tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
     for each in json.loads(found.read_text()):
         x, y, width, height = each["bbox"]
-        assert x >= 0 and y >= 0 and x + width <= 64.01 and y + height <= 48.01
+        assert x >= 0
+        assert y >= 0
+        assert x + width <= 64.01
+        assert y + height <= 48.01
         assert each["segmentation"]["size"] == [48, 64]
         assert each["category"] in ("square", "triangle", "L")
     assert predict.main([str(run), str(image), "--top", "2"]) == 0

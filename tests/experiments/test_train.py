@@ -39,7 +39,9 @@ def test_finished_run_is_not_trained_again(trained, capsys):
 def test_another_recipes_folder_is_refused(trained, capsys):
     arguments = ["digits_resnet8_bn", "--out", str(trained), "--no-progress"]
     assert train.main(arguments) == 1
-    assert "model, norm, weight, optim, epochs differ" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "norm.kind 'bcn' -> 'bn'" in error
+    assert "optim.learning_rate 0.3 -> 0.1" in error
 
 
 @pytest.mark.parametrize(
