@@ -26,7 +26,7 @@ the run died: 1, or 134 by an abort. `--pdb` opens the debugger at an error.
 A recipe is named {{data}}_{{model}}_{{norm}}[_{{weight}}]:
   {names}
 
-Recipes of published results, with the error to expect:
+Recipes of published results, with the result to expect:
   {published}
 
 For example mnist5k_resnet8_bcn_ws, fashion_resnet20_gn_ws, imagenet_resnet50_bcn_ws."""
@@ -35,7 +35,7 @@ For example mnist5k_resnet8_bcn_ws, fashion_resnet20_gn_ws, imagenet_resnet50_bc
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        published = (f"{name:40}{row.error}" for name, row in recipes.PUBLISHED.items())
+        published = (f"{name:40}{row.result}" for name, row in recipes.PUBLISHED.items())
         names = recipes.describe_names(separator="\n  ")
         print(_USAGE.format(names=names, published="\n  ".join(published)))
         return 0 if argv else 2

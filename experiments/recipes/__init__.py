@@ -80,9 +80,9 @@ def describe(name: str) -> str:
             if row.flops is not None:
                 lines.append(f"FLOPs of the convolutions: {row.flops:.1e}.")
             if published == name:
-                lines.append(f"Expected error: {row.error} ({row.source}).")
+                lines.append(f"Expected result: {row.result} ({row.source}).")
             else:
-                lines.append(f"Expected error: no verified number; {published}: {row.error}.")
+                lines.append(f"Expected result: no verified number; {published}: {row.result}.")
     return " ".join(lines)
 
 

@@ -44,12 +44,12 @@ class Published(NamedTuple):
     """The published result that a recipe repeats.
 
     Attributes:
-        error: Errors in percent.
+        result: Errors in percent, or average precision.
         source: Title of the publication.
         flops: Floating-point operations of the whole training, in the convolutions; None where
             they were not counted.
     """
 
-    error: str
+    result: str
     source: str
     flops: float | None

@@ -12,6 +12,7 @@ import pytest
 from oracles import normal
 
 from experiments import _models, recipes
+from experiments._detection import COCO_FACTS
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._models import make_model
 from experiments._recipe import DataConfig
@@ -59,18 +60,15 @@ def test_names_are_unique_and_resolve():
         weight = recipe.weight.kind
         parts = (recipe.model.name, recipe.norm.kind, *(() if weight == "none" else (weight,)))
         assert name == "_".join((recipe.data.name, *parts))
-    assert (
-        {get_recipe(name).data.name for name in names}
-        == set(dataset_names())
-        == set(PUBLISHED_FACTS)
-    )
+    data = {get_recipe(name).data.name for name in names}
+    assert data - set(COCO_FACTS) == set(dataset_names()) == set(PUBLISHED_FACTS)
 
 
 def test_every_published_row_has_a_recipe():
-    assert set(recipes.PUBLISHED) == set(ROWS)
+    assert {name for name in recipes.PUBLISHED if not name.startswith("coco")} == set(ROWS)
     for name in ROWS:
         text = recipes.describe(name)
-        assert re.search(r"Expected error: \d+\.\d+ %.* \(.*README", text)
+        assert re.search(r"Expected result: \d+\.\d+ %.* \(.*README", text)
         recipe = get_recipe(name)
         steps = round(
             recipe.epochs * (PUBLISHED_FACTS[recipe.data.name].train_size // recipe.batch.size)
