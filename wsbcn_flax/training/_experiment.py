@@ -179,7 +179,8 @@ class Experiment:
 
     def init(self, seed: int) -> TrainState:
         """Makes the state before the first step; ``jax.eval_shape`` gives its shapes alone."""
-        batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in self._spec.items()}
+        spec = self.data.element_spec
+        batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in spec.items()}
         return init_state(
             self.task,
             self.optimizer,
@@ -219,7 +220,7 @@ class Experiment:
         """Lowers the training step for ``devices``, none of which need be here, without data."""
         spec = {
             name: jax.ShapeDtypeStruct((self.batch.size, *x.shape), x.dtype)
-            for name, x in self._spec.items()
+            for name, x in self.data.element_spec.items()
         }
         step: Any = self.compile(devices).train
         return step.lower(jax.eval_shape(lambda: self.init(self.seed)), spec)
@@ -312,10 +313,6 @@ class Experiment:
                 ),
                 **options,
             )
-
-    @property
-    def _spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return self.data.element_spec
 
     def _writer(self, folder: Path, done: int, *, tensorboard: bool) -> MetricWriter:
         """Writers of metrics and of the data's facts, on the first process alone."""
