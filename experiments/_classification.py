@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.dynamic_scale import DynamicScale
 
-from experiments._image_data import Facts, ImageData
+from experiments._image_data import ImageData, ImageFacts, published_facts
 from experiments._models import make_model, make_transform
-from experiments._recipe import Recipe
+from experiments._recipe import Recipe, from_json
 from wsbcn_flax._extras import require
 from wsbcn_flax.tasks import Classification, Ema
-from wsbcn_flax.training import Experiment
+from wsbcn_flax.training import Experiment, Partition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,37 +30,33 @@ class ClassificationRecipe(Recipe):
     label_smoothing: float = 0.0
 
     def load_data(self) -> ImageData:
-        """Loads the data.
+        """Loads both splits of the dataset, so that what can fail fails before the first step.
 
         Raises:
-            DatasetNotFoundError: If they are not on this machine; says how to get them.
+            DatasetNotFoundError: If it is not on this machine; says how to obtain it.
             ValueError: If the batch exceeds the training set.
         """
         data = ImageData(self.data)
         if self.batch.size > len(data.train_split):
             raise ValueError(
-                f"The batch must not exceed the training set, received a batch of "
+                "The batch must not exceed the training set, received a batch of "
                 f"{self.batch.size} for {len(data.train_split)} images."
             )
-        _ = data.eval_split  # What can fail fails before the first step.
+        _ = data.eval_split
         return data
 
     def data_of_run(self, facts: Mapping[str, Any]) -> ImageData:
         """Returns the data of a run that kept these facts; loads only what is asked for."""
-        return ImageData(self.data, Facts.from_json(facts))
+        return ImageData(self.data, from_json(ImageFacts, facts))
 
     def experiment(self, data: ImageData | None = None) -> Experiment:
-        """Returns the experiment on ``data``.
-
-        Without data it can be compiled and counted, by the published sizes of the dataset.
-        """
-        data = data or ImageData.published(self.data)
-        facts = data.known_facts
-        partition_axis = None if self.batch.mode == "jit" else "data"
-        model = make_model(self, num_classes=len(facts.class_names), axis_name=partition_axis)
+        """Returns the experiment on ``data``, or on no data but the dataset's published facts."""
+        data = data or ImageData(self.data, published_facts(self.data))
+        facts = data.image_facts
+        axis_name = Partition(mode=self.batch.mode).axis_name
+        model = make_model(self, num_classes=len(facts.class_names), axis_name=axis_name)
         task = Classification(model=model, label_smoothing=self.label_smoothing)
-        images = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
-        transform = make_transform(self.weight, model=model, images=images)
+        transform = make_transform(self.weight, model=model, image_shape=facts.image_shape)
         steps_per_epoch = max(1, facts.train_size // self.batch.size)
         schedule = self.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=self.epochs)
         dtype = jnp.dtype(self.model.dtype)
@@ -81,7 +77,7 @@ class ClassificationRecipe(Recipe):
         self, data: ImageData, variables: Mapping[str, Any]
     ) -> Callable[[jax.Array], jax.Array]:
         """Returns the function from uint8 images [B, H, W, C] to logits [B, K]."""
-        facts = data.known_facts
+        facts = data.image_facts
         model = make_model(self, num_classes=len(facts.class_names))
         mean, std = (jnp.asarray(value, jnp.float32) for value in (facts.mean, facts.std))
 
@@ -94,7 +90,7 @@ class ClassificationRecipe(Recipe):
 
     def raw_inputs(self, data: ImageData, batch: Any) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of ``batch`` images."""
-        return jax.ShapeDtypeStruct((batch, *data.known_facts.image_shape), jnp.uint8)
+        return jax.ShapeDtypeStruct((batch, *data.image_facts.image_shape), jnp.uint8)
 
     def read_input(self, path: Path, data: ImageData) -> np.ndarray:
         """Reads an image file, uint8 [H, W, C]: cropped as in evaluation, or resized.
@@ -109,7 +105,7 @@ class ClassificationRecipe(Recipe):
                 example = transform.map(example)
             return example["image"]
         pil = require("PIL.Image", extra="train")
-        height, width, channels = data.known_facts.image_shape
+        height, width, channels = data.image_facts.image_shape
         try:
             with pil.open(io.BytesIO(example["image"])) as image:
                 resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
@@ -123,7 +119,7 @@ class ClassificationRecipe(Recipe):
         """Returns the most probable classes of one image, from its logits."""
         probabilities = np.exp(output - output.max())
         probabilities /= probabilities.sum()
-        names = data.known_facts.class_names
+        names = data.image_facts.class_names
         return [
             {"class": names[index], "probability": f"{probabilities[index]:.3f}"}
             for index in np.argsort(-output)[:top]

@@ -1,15 +1,35 @@
-"""The frame of every command: exit status, errors of users, the debugger."""
+"""The frame of every command: options, exit status, errors of users, the debugger."""
 
 import dis
+import functools
 import pdb
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import tyro
 
 from wsbcn_flax.training.preemption import PREEMPTED_STATUS, PreemptedError
 
 _OURS = {"experiments", "wsbcn_flax"}
+
+
+def make_main(command: Callable[..., object], *, options: Any = None) -> Callable[[list[str]], int]:
+    """Makes the ``main(argv)`` of a command from a function whose arguments are its options.
+
+    With ``options``, a dataclass or a union of dataclasses, the function takes one of these alone.
+    """
+    prog = command.__name__.strip("_")
+
+    def parse_and_run(argv: list[str]) -> None:
+        if options is None:
+            tyro.cli(command, args=argv, prog=prog)
+        else:
+            command(tyro.cli(options, args=argv, prog=prog))
+
+    return functools.partial(run_command, parse_and_run)
 
 
 def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:

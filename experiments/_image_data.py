@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from experiments._recipe import DataConfig
 from wsbcn_flax.data import (
     IMAGENET_STATISTICS,
     CentralCrop,
+    ChannelStatistics,
     DecodeImage,
     Normalize,
     RandomCrop,
@@ -24,28 +25,9 @@ from wsbcn_flax.data import (
 )
 
 
-class Sizes(NamedTuple):
-    """Sizes of a dataset as published: training images, classes, and (H, W, C) of an image."""
-
-    train_size: int
-    num_classes: int
-    image_shape: tuple[int, int, int]
-
-
-SIZES = {
-    "mnist5k": Sizes(4_000, 10, (28, 28, 1)),
-    "digits": Sizes(1_437, 10, (8, 8, 1)),
-    "fashion": Sizes(60_000, 10, (28, 28, 1)),
-    "mnist": Sizes(60_000, 10, (28, 28, 1)),
-    "cifar10": Sizes(50_000, 10, (32, 32, 3)),
-    "cifar100": Sizes(50_000, 100, (32, 32, 3)),
-    "imagenet": Sizes(1_281_167, 1000, (224, 224, 3)),
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What building and using a classifier takes of its data.
+class ImageFacts:
+    """Facts of a dataset that a classifier is built from and used with.
 
     Attributes:
         train_size: Number of training images.
@@ -61,40 +43,56 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Facts":
-        """Returns the facts whose fields JSON made lists of."""
-        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+    def with_statistics(self, statistics: ChannelStatistics) -> "ImageFacts":
+        """Returns the facts with other channel statistics."""
+        mean, std = (tuple(values.tolist()) for values in statistics)
+        return dataclasses.replace(self, mean=mean, std=std)
+
+
+def _published(train_size: int, num_classes: int, image_shape: tuple[int, int, int]) -> ImageFacts:
+    """Returns facts without names and statistics, as no image is seen."""
+    channels = image_shape[-1]
+    return ImageFacts(
+        train_size=train_size,
+        class_names=tuple(map(str, range(num_classes))),
+        image_shape=image_shape,
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+    )
+
+
+PUBLISHED_FACTS = {
+    "mnist5k": _published(4_000, 10, (28, 28, 1)),
+    "digits": _published(1_437, 10, (8, 8, 1)),
+    "fashion": _published(60_000, 10, (28, 28, 1)),
+    "mnist": _published(60_000, 10, (28, 28, 1)),
+    "cifar10": _published(50_000, 10, (32, 32, 3)),
+    "cifar100": _published(50_000, 100, (32, 32, 3)),
+    "imagenet": _published(1_281_167, 1000, (224, 224, 3)).with_statistics(IMAGENET_STATISTICS),
+}
+
+
+def published_facts(config: DataConfig) -> ImageFacts:
+    """Returns the facts that are known without data, enough to compile and count an experiment."""
+    facts, size = PUBLISHED_FACTS[config.name], config.image_size
+    return dataclasses.replace(facts, image_shape=(size, size, 3)) if _is_encoded(config) else facts
+
+
+def _is_encoded(config: DataConfig) -> bool:
+    return config.name == "imagenet"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """The data of a classification: splits that are loaded when they are first used.
+    """Labelled images to train and evaluate on: splits that are loaded when they are first used.
 
     Attributes:
         config: Dataset and augmentation.
-        known: Facts that need not be found by loading the training split.
+        given: Facts of the dataset; measured on the training split if None.
     """
 
     config: DataConfig
-    known: Facts | None = None
-
-    @classmethod
-    def published(cls, config: DataConfig) -> "ImageData":
-        """Returns data of the published sizes, whose batches need never be made."""
-        sizes = SIZES[config.name]
-        channels = sizes.image_shape[-1]
-        names = tuple(map(str, range(sizes.num_classes)))
-        shape = _crop_shape(config) if _is_encoded(config) else sizes.image_shape
-        facts = Facts(
-            train_size=sizes.train_size,
-            class_names=names,
-            image_shape=shape,
-            mean=(0.0,) * channels,
-            std=(1.0,) * channels,
-        )
-        return cls(config, facts)
+    given: ImageFacts | None = None
 
     @functools.cached_property
     def train_split(self) -> Any:
@@ -107,79 +105,63 @@ class ImageData:
         return load_split(self.config.name, self.config.eval_split, data_dir=self.config.data_dir)
 
     @functools.cached_property
-    def known_facts(self) -> Facts:
-        """The facts, measured on the training split if need be."""
-        if self.known is not None:
-            return self.known
-        split, encoded = self.train_split, _is_encoded(self.config)
-        mean, std = IMAGENET_STATISTICS if encoded else channel_statistics(split.images)
-        return Facts(
-            train_size=len(split),
-            class_names=split.class_names,
-            image_shape=_crop_shape(self.config) if encoded else split.image_shape,
-            mean=tuple(mean.tolist()),
-            std=tuple(std.tolist()),
+    def image_facts(self) -> ImageFacts:
+        """The facts that were given, or else measured."""
+        if self.given is not None:
+            return self.given
+        split = self.train_split
+        facts = dataclasses.replace(
+            published_facts(self.config), train_size=len(split), class_names=split.class_names
         )
+        if _is_encoded(self.config):
+            return facts
+        facts = dataclasses.replace(facts, image_shape=split.image_shape)
+        return facts.with_statistics(channel_statistics(split.images))
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts as JSON values."""
-        return dataclasses.asdict(self.known_facts)
+        return dataclasses.asdict(self.image_facts)
 
     @property
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A normalized image and its class."""
+        """The shapes and dtypes of a normalized image and its class."""
         return {
-            "image": jax.ShapeDtypeStruct(self.known_facts.image_shape, np.float32),
+            "image": jax.ShapeDtypeStruct(self.image_facts.image_shape, np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),
         }
 
-    def train_batches(
-        self, *, batch_size: int, seed: int, start_step: int, **hosts: int
-    ) -> Iterator[Mapping[str, Any]]:
-        """Returns endless augmented batches."""
+    def train_batches(self, **options: int) -> Iterator[Mapping[str, Any]]:
+        """Returns endless augmented batches; ``wsbcn_flax.data.train_batches`` has the options."""
         config = self.config
-        flip = (RandomFlip(),) if config.flip or _is_encoded(config) else ()
-        if _is_encoded(config):
+        flip = (RandomFlip(),) if config.flip or _is_encoded(self.config) else ()
+        if _is_encoded(self.config):
             example = (DecodeImage(), RandomResizedCrop(image_size=config.image_size), *flip)
             batch = (self._normalize,)
         else:
             example, batch = (), (RandomCrop(padding=config.crop_padding), *flip, self._normalize)
-        return train_batches(
-            self.train_split,
-            batch_size=batch_size,
-            seed=seed,
-            start_step=start_step,
-            example=example,
-            batch=batch,
-            **self._threads,
-            **hosts,
-        )
+        options = self._threads | options
+        return train_batches(self.train_split, example=example, batch=batch, **options)
 
     @property
     def eval_size(self) -> int:
         """Number of images in the evaluation split."""
         return len(self.eval_split)
 
-    def eval_batches(self, *, batch_size: int, **hosts: int) -> Iterable[Mapping[str, Any]]:
-        """Returns the evaluation split once, in batches with a mask.
+    def eval_batches(self, **options: int) -> Iterable[Mapping[str, Any]]:
+        """Returns the evaluation split once; ``wsbcn_flax.data.eval_batches`` has the options.
 
         Raises:
             ValueError: If its classes are not those of the training split.
         """
-        classes = len(self.known_facts.class_names)
+        classes = len(self.image_facts.class_names)
         if self.eval_split.num_classes != classes:
             raise ValueError(
                 f"The model's classes must be the dataset's, received {classes} and "
                 f"{self.eval_split.num_classes}."
             )
-        return eval_batches(
-            self.eval_split,
-            batch_size=batch_size,
-            example=self.eval_transforms,
-            batch=(self._normalize,),
-            **self._threads,
-            **hosts,
-        )
+        example, batch = self.eval_transforms, (self._normalize,)
+        options = self._threads | options
+        return eval_batches(self.eval_split, example=example, batch=batch, **options)
 
     @property
     def eval_transforms(self) -> tuple[Any, ...]:
@@ -191,16 +173,8 @@ class ImageData:
 
     @property
     def _normalize(self) -> Normalize:
-        return Normalize(mean=self.known_facts.mean, std=self.known_facts.std)
+        return Normalize(mean=self.image_facts.mean, std=self.image_facts.std)
 
     @property
     def _threads(self) -> dict[str, int]:
         return {"num_threads": self.config.threads} if _is_encoded(self.config) else {}
-
-
-def _is_encoded(config: DataConfig) -> bool:
-    return config.name == "imagenet"
-
-
-def _crop_shape(config: DataConfig) -> tuple[int, int, int]:
-    return config.image_size, config.image_size, 3

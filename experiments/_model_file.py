@@ -36,17 +36,17 @@ class TrainedModel:
 
     @property
     def data(self) -> Data:
-        """The data, of which nothing is loaded."""
+        """The dataset that it was trained on, of which nothing is loaded yet."""
         return self.recipe.data_of_run(self.facts)
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment that it was trained in, and the variables are already averaged."""
+        """The experiment that it was trained in, without an average: ``variables`` hold it."""
         return dataclasses.replace(self.recipe, ema=None).experiment(self.data)
 
     @property
     def state(self) -> TrainState:
-        """The variables as a state to evaluate, without an optimizer's."""
+        """The state to evaluate, without that of an optimizer."""
         return TrainState(
             jnp.int32(0), self.variables["params"], self.variables.get("batch_stats", {}), ()
         )
@@ -87,7 +87,10 @@ def load_model(path: Path) -> TrainedModel:
         ValueError: If it is no safetensors file of this project, cut short for instance.
     """
     if path.is_dir():
-        return _from_run(path)
+        recipe, facts, experiment, state = restore_run(path)
+        state = jax.device_get(experiment.for_evaluation(state))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return TrainedModel(recipe=recipe, facts=facts, variables=variables)
     safetensors = require("safetensors", extra="convert")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a converted file nor a run's folder.")
@@ -106,7 +109,12 @@ def load_model(path: Path) -> TrainedModel:
     return TrainedModel(recipe=recipe, facts=fields["facts"], variables=variables)
 
 
-def _from_run(folder: Path) -> TrainedModel:
+def restore_run(folder: Path) -> tuple[Recipe, dict[str, Any], Experiment, TrainState]:
+    """Returns a run's recipe, facts and experiment, and its state at the newest sound checkpoint.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run, or no checkpoint yet.
+    """
     files = folder / "recipe.json", folder / "data.json"
     if not all(file.is_file() for file in files):
         raise FileNotFoundError(
@@ -120,6 +128,4 @@ def _from_run(folder: Path) -> TrainedModel:
         restored = checkpointer.restore_latest(jax.eval_shape(lambda: experiment.init(0)))
     if restored is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint yet: train longer.")
-    state = jax.device_get(experiment.for_evaluation(restored.state))
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return TrainedModel(recipe=recipe, facts=facts, variables=variables)
+    return recipe, facts, experiment, restored.state

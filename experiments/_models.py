@@ -39,9 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[..., nn.Module]:
     """Makes the normalization that a configuration names, to inject into a model.
 
-    Args:
-        config: Configuration of the normalization.
-        axis_name: Device axis that synced statistics are averaged over.
+    Synced statistics are averaged over the device axis ``axis_name``.
     """
     batch = {"momentum": 1 - config.rate, "epsilon": 1e-5}
     match config.kind:
@@ -73,22 +71,17 @@ def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[.
 
 
 def make_transform(
-    config: WeightConfig, *, model: nn.Module, images: jax.ShapeDtypeStruct
+    config: WeightConfig, *, model: nn.Module, image_shape: tuple[int, ...]
 ) -> WeightStandardization | None:
-    """Makes the parameter transform that a configuration names.
+    """Makes the parameter transform that a configuration names, for kernels of a network.
 
-    Args:
-        config: Configuration of the transform.
-        model: Network to transform. It is traced to find the convolutions that a normalization
-            follows.
-        images: Shape and dtype of images that the network takes.
+    The network is traced on images [1, H, W, C] to find those that a normalization follows.
     """
     if config.kind == "none":
         return None
     # The convolutions are the same with any normalization and dtype; LayerNorm is quick to trace.
-    where = _convolutions(model.clone(norm=nn.LayerNorm, dtype=None), images.shape)
-    preset = config.preset if config.kind == "ws" else config.kind
-    return WeightStandardization(preset=preset, where=where)
+    where = _convolutions(model.clone(norm=nn.LayerNorm, dtype=None), (1, *image_shape))
+    return WeightStandardization(preset=config.convention, where=where)
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,33 +93,25 @@ def _convolutions(model: nn.Module, shape: tuple[int, ...]) -> tuple[Convolution
 def make_model(recipe: Recipe, *, num_classes: int, axis_name: str | None = None) -> nn.Module:
     """Makes a recipe's network with its normalization and plain convolutions.
 
-    Args:
-        recipe: Recipe of the network.
-        num_classes: Number of features of the head.
-        axis_name: Device axis that synced statistics are averaged over.
-
     Raises:
         ValueError: For an unknown network, or an option that it does not have.
     """
-    model = _find(recipe.model)
-    return model(
-        num_classes=num_classes,
-        norm=make_norm(recipe.norm, axis_name=axis_name),
-        dtype=jnp.dtype(recipe.model.dtype),
-        **_own_options(recipe.model, model),
-    )
-
-
-def _find(config: ModelConfig) -> Callable[..., nn.Module]:
+    config = recipe.model
     if config.name not in MODELS:
         raise ValueError(
             f"model.name must be one of {', '.join(MODELS)}, received {config.name!r}."
         )
-    return MODELS[config.name]
+    model = MODELS[config.name]
+    return model(
+        num_classes=num_classes,
+        norm=make_norm(recipe.norm, axis_name=axis_name),
+        dtype=jnp.dtype(config.dtype),
+        **_own_options(config, model),
+    )
 
 
 def _own_options(config: ModelConfig, model: Callable[..., nn.Module]) -> dict[str, Any]:
-    """The options that were given, all of which the network must have."""
+    """Returns the options that were given, all of which the network must have."""
     options = {"width": config.width, "stem_strides": config.stem_strides}
     given = {name: value for name, value in options.items() if value is not None}
     own = inspect.signature(model).parameters

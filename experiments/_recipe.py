@@ -1,6 +1,8 @@
 """Recipes: every number that a run depends on, as frozen dataclasses."""
 
+import abc
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -97,20 +99,26 @@ class WeightConfig:
     """A transform of convolution kernels before they are used.
 
     Attributes:
-        kind: None, Weight Standardization, weight normalization or centered weight normalization.
+        kind: Name of the transform: none, Weight Standardization, weight normalization or centered
+            weight normalization.
         preset: Convention of "ws": bcn, official, official_tf, bit, timm or nfnet.
     """
 
     kind: Weight = "none"
     preset: str = "bcn"
 
+    @property
+    def convention(self) -> str:
+        """Name of the convention for ``wsbcn_flax.standardize``."""
+        return self.preset if self.kind == "ws" else self.kind
+
 
 _OPTIM = OptimizerConfig(learning_rate=0.1, warmup_epochs=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A whole run; subclasses say of which task.
+class Recipe(abc.ABC):
+    """A whole run; each subclass is for one task.
 
     Attributes:
         data: Dataset.
@@ -139,37 +147,53 @@ class Recipe:
         if not self.epochs > 0:
             raise ValueError(f"epochs must be positive, received {self.epochs}.")
 
+    @abc.abstractmethod
     def load_data(self) -> Data:
-        """Loads the data.
+        """Loads the dataset.
 
         Raises:
-            DatasetNotFoundError: If they are not on this machine; says how to get them.
+            DatasetNotFoundError: If it is not on this machine; says how to obtain it.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def data_of_run(self, facts: Mapping[str, Any]) -> Data:
         """Returns the data of a run that kept these facts; loads only what is asked for."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def experiment(self, data: Any = None) -> Experiment:
         """Returns the experiment on ``data``.
 
         Without data it can be compiled and counted, by the published sizes of the dataset.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def predict_fn(self, data: Any, variables: Mapping[str, Any]) -> Callable[[jax.Array], Any]:
         """Returns the function from raw inputs [B, ...] to outputs; it standardizes no kernel."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def raw_inputs(self, data: Any, batch: Any) -> jax.ShapeDtypeStruct:
         """Returns the shape and dtype of ``batch`` raw inputs."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read_input(self, path: Path, data: Any) -> np.ndarray:
         """Reads a file as one raw input."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def describe_output(self, output: Any, data: Any, *, top: int) -> list[dict[str, str]]:
         """Returns the best predictions for one input, as rows of a table."""
-        raise NotImplementedError
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """Returns the dataclass ``kind`` of which ``dataclasses.asdict`` and JSON made ``value``.
+
+    Raises:
+        KeyError: For a field that ``kind`` does not have.
+        TypeError: If a field is missing.
+    """
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        # JSON has no tuples.
+        return tuple(value) if typing.get_origin(kind) is tuple else value
+    hints = typing.get_type_hints(kind)
+    if unknown := set(value) - set(hints):
+        raise KeyError(f"unknown: {', '.join(unknown)}")
+    return kind(**{name: from_json(hints[name], item) for name, item in value.items()})

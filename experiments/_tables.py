@@ -18,10 +18,8 @@ def table(
 ) -> Table:
     """Makes a table of one line for each row; a value of None is a dash.
 
-    Args:
-        title: Title of the table.
-        rows: Rows with the same keys.
-        columns: Heading and format of every key to show, in order; all keys, as they are, if None.
+    Rows have the same keys. ``columns`` maps each key to show to its heading and format; by default
+    all keys are shown as they are.
     """
     shown = columns or {key: (key, str) for key in rows[0]}
     made = Table(

@@ -1,11 +1,9 @@
-"""A recipe with another normalization, or for other devices, to compare what they cost."""
+"""A recipe with another normalization."""
 
 import dataclasses
 import typing
-from collections.abc import Sequence
-from typing import Any, Literal
 
-from experiments._recipe import Baseline, Dtype, Norm, Recipe, Weight, WeightConfig
+from experiments._recipe import Baseline, Norm, Recipe, Weight, WeightConfig
 
 _KINDS: tuple[str, ...] = (*typing.get_args(Norm), *typing.get_args(Baseline))
 _WEIGHTS: tuple[str, ...] = typing.get_args(Weight)[1:]
@@ -40,33 +38,3 @@ def norm_name(recipe: Recipe) -> str:
     """Returns the normalization with its weights, as in the recipe's name: bcn_ws."""
     weight = "" if recipe.weight.kind == "none" else f"_{recipe.weight.kind}"
     return f"{recipe.norm.kind}{weight}"
-
-
-def for_devices(
-    recipe: Recipe,
-    devices: Sequence[Any],
-    *,
-    per_device_batch: int,
-    micro: int | None = None,
-    mode: Literal["shard_map", "jit"] = "shard_map",
-    dtype: Dtype,
-) -> Recipe:
-    """Returns the recipe for devices that its step is compiled for; none need be here.
-
-    Args:
-        recipe: Recipe that all else is kept of.
-        devices: Devices, of which the number counts.
-        per_device_batch: Number of images on each.
-        micro: Number of images in a micro-batch; the device's whole batch if None.
-        mode: How devices are used.
-        dtype: Computation dtype.
-    """
-    batch = dataclasses.replace(
-        recipe.batch,
-        size=per_device_batch * len(devices),
-        micro=micro,
-        mode=mode,
-        loop="scan",  # "auto" would ask for this machine's backend.
-    )
-    model = dataclasses.replace(recipe.model, dtype=dtype)
-    return dataclasses.replace(recipe, batch=batch, model=model)

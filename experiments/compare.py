@@ -4,26 +4,29 @@
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import rich
-import tyro
-from rich.table import Table
 
-from experiments._command import run_command
-from experiments._figures import draw_bars, require_matplotlib
+from experiments._command import make_main
+from experiments._figures import error_figure
 from experiments._recipe import Recipe
 from experiments._tables import table
 from experiments.recipes import get_recipe
+from wsbcn_flax._extras import require
 from wsbcn_flax.training import LoopConfig
 from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import write_json
+
+Spread = tuple[float, float, float]  # Mean, minimum and maximum over seeds.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,19 +69,6 @@ class Result(NamedTuple):
     test_loss: float
 
 
-class Spread(NamedTuple):
-    """Test error in percent over seeds."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    return run_command(lambda argv: compare(tyro.cli(CompareOptions, args=argv)), argv)
-
-
 def compare(options: CompareOptions) -> list[Result]:
     """Runs every combination and writes the table, the JSON and the figure.
 
@@ -88,19 +78,23 @@ def compare(options: CompareOptions) -> list[Result]:
     """
     started = time.monotonic()
     # Everything that can fail fails before the first run.
-    cells = [
-        (norm, size, _recipe(options, norm, size))
-        for norm in options.norms
-        for size in options.micro_batches
-    ]
+    sizes = sorted(options.micro_batches)
+    cells = itertools.product(options.norms, sizes)
+    recipes = {(norm, size): _recipe(options, norm, size) for norm, size in cells}
     if options.figure:
-        require_matplotlib()
-    data = cells[0][2].load_data()
+        require("matplotlib", extra="plots")
+    data = next(iter(recipes.values())).load_data()
     options.out.mkdir(parents=True, exist_ok=True)
+    document = {
+        "options": {**dataclasses.asdict(options), "out": str(options.out)},
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "cpus": os.cpu_count(),
+    }
 
     results: list[Result] = []
-    with Progress("compare", total=len(cells) * len(options.seeds)) as progress:
-        for norm, size, recipe in cells:
+    with Progress("compare", total=len(recipes) * len(options.seeds)) as progress:
+        for (norm, size), recipe in recipes.items():
             progress.note(f"compiling {norm}, micro-batch {size}")
             experiment = recipe.experiment(data)
             program = experiment.compile()
@@ -110,19 +104,24 @@ def compare(options: CompareOptions) -> list[Result]:
                 error, loss = metrics["eval_error"], metrics["eval_loss"]
                 results.append(Result(norm, size, seed, error, loss))
                 progress.update(len(results), {f"{norm}@{size} error": error})
-                _write_json(options, results)
+                runs = [result._asdict() for result in results]
+                write_json(options.out / "results.json", {**document, "runs": runs})
+
     count = len(options.seeds)
     seeds = "1 seed" if count == 1 else f"{count} seeds"
     title = f"{options.data}, {options.model}: test error %, {seeds}"
-    rich.print(_table(options, results, title=f"{title}, mean [min, max]"))
+    spreads = {
+        norm.replace("_", "+").upper(): {size: spread(results, norm, size) for size in sizes}
+        for norm in options.norms
+    }
+    rows = [
+        {"normalization": name}
+        | {f"micro-batch {size}": "{:.1f} [{:.1f}, {:.1f}]".format(*row[size]) for size in sizes}
+        for name, row in spreads.items()
+    ]
+    rich.print(table(f"{title}, mean [min, max]", rows))
     if options.figure:
-        lines = {
-            display_name(norm): [
-                (size, *spread(results, norm, size)) for size in sorted(options.micro_batches)
-            ]
-            for norm in options.norms
-        }
-        draw_bars(lines, options.out / "figure.png", title=title)
+        _draw(spreads, options.out / "figure.png", title=title)
     minutes = (time.monotonic() - started) / 60
     rich.print(f"{len(results)} runs in {minutes:.1f} minutes; written to {options.out}/")
     return results
@@ -131,12 +130,7 @@ def compare(options: CompareOptions) -> list[Result]:
 def spread(results: Sequence[Result], norm: str, micro_batch: int) -> Spread:
     """Returns mean, minimum and maximum test error of one cell of the comparison, in percent."""
     errors = [100 * r.test_error for r in results if (r.norm, r.micro_batch) == (norm, micro_batch)]
-    return Spread(sum(errors) / len(errors), min(errors), max(errors))
-
-
-def display_name(norm: str) -> str:
-    """Returns ``bcn_ws`` as people write it: BCN+WS."""
-    return norm.replace("_", "+").upper()
+    return sum(errors) / len(errors), min(errors), max(errors)
 
 
 def _recipe(options: CompareOptions, norm: str, micro_batch: int) -> Recipe:
@@ -151,30 +145,29 @@ def _recipe(options: CompareOptions, norm: str, micro_batch: int) -> Recipe:
     return dataclasses.replace(recipe, batch=batch, epochs=epochs)
 
 
-def _table(options: CompareOptions, results: Sequence[Result], *, title: str) -> Table:
-    rows = []
-    for norm in options.norms:
-        cells = {size: spread(results, norm, size) for size in sorted(options.micro_batches)}
-        rows.append(
-            {"normalization": display_name(norm)}
-            | {
-                f"micro-batch {size}": f"{cell.mean:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
-                for size, cell in cells.items()
-            }
-        )
-    return table(title, rows)
+def _draw(spreads: Mapping[str, Mapping[int, Spread]], path: Path, *, title: str) -> None:
+    """Draws a line for each normalization, with bars from the minimum to the maximum."""
+    ticker = require("matplotlib.ticker", extra="plots")
+    sizes = list(next(iter(spreads.values())))
+    with error_figure(path, xlabel="micro-batch size (images normalized together)") as axes:
+        for index, (name, row) in enumerate(spreads.items()):
+            mean, low, high = np.transpose(list(row.values()))
+            # Side by side on the logarithmic axis, so that equal results stay visible.
+            beside = np.array(sizes) * 1.06 ** (index - (len(spreads) - 1) / 2)
+            bars = [mean - low, high - mean]
+            axes.errorbar(beside, mean, yerr=bars, marker="o", capsize=3, label=name)
+        axes.set_title(title)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.xaxis.minorticks_off()
+        # Logarithmic: a normalization that falls apart would flatten the others into one line.
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _write_json(options: CompareOptions, results: Sequence[Result]) -> None:
-    document = {
-        "options": {**dataclasses.asdict(options), "out": str(options.out)},
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "cpus": os.cpu_count(),
-        "runs": [result._asdict() for result in results],
-    }
-    write_json(options.out / "results.json", document)
-
+main = make_main(compare, options=CompareOptions)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

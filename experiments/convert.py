@@ -4,6 +4,7 @@ The file is safetensors, for `experiments.evaluate` and `experiments.predict`, o
 `--format jax` a program serialized by `jax.export`, from uint8 images to logits.
 """
 
+import abc
 import dataclasses
 import importlib.resources
 import sys
@@ -16,15 +17,12 @@ import numpy as np
 import rich
 import tyro
 
-from experiments._command import run_command
-from experiments._image_data import SIZES, Facts
+from experiments._command import make_main
+from experiments._image_data import PUBLISHED_FACTS
 from experiments._model_file import TrainedModel, load_model
-from experiments._models import MODELS
 from experiments._recipe import Recipe
 from experiments.recipes import get_recipe
-from wsbcn_flax import models
 from wsbcn_flax._extras import require
-from wsbcn_flax.data import IMAGENET_STATISTICS
 from wsbcn_flax.transforms import (
     checkpoint_names,
     checkpoint_spec,
@@ -34,7 +32,7 @@ from wsbcn_flax.transforms import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Output:
+class _Conversion(abc.ABC):
     """Writes a trained model as one file.
 
     Attributes:
@@ -49,9 +47,13 @@ class _Output:
     fold: bool = False
     format: Literal["safetensors", "jax"] = "safetensors"
 
+    @abc.abstractmethod
+    def load(self) -> TrainedModel:
+        """Loads the model from ``source``."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Authors(_Output):
+class Authors(_Conversion):
     """Converts a PyTorch checkpoint of the authors', or of torchvision's ResNets.
 
     Attributes:
@@ -63,54 +65,52 @@ class Authors(_Output):
     name: str | None = None
     class_names: Path | None = None
 
+    def load(self) -> TrainedModel:
+        """Loads the checkpoint with the recipe that trains its architecture."""
+        state_dict = read_state_dict(self.source)
+        stem = self.source.name.split(".")[0]
+        known = stem if stem in checkpoint_names() else None
+        name = self.name or known or guess_checkpoint_name(state_dict)
+        file = self.class_names
+        if file is None:
+            package = require("tensorflow_datasets", extra="train")
+            file = importlib.resources.files(package) / "datasets/imagenet2012/labels.txt"
+        class_names = tuple(file.read_text().splitlines())
+        return model_of_checkpoint(state_dict, name, class_names=class_names)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(_Output):
+class Run(_Conversion):
     """Converts the newest checkpoint in a folder that `experiments.train` made."""
 
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    kinds = (
-        Annotated[Authors, tyro.conf.subcommand("authors")]
-        | Annotated[Run, tyro.conf.subcommand("run")]
-    )
-    return run_command(lambda argv: _convert(tyro.cli(kinds, args=argv)), argv)
+    def load(self) -> TrainedModel:
+        """Loads the checkpoint."""
+        if not self.source.is_dir():
+            raise ValueError(f"run needs the folder of a run, received {self.source}.")
+        return load_model(self.source)
 
 
-def _convert(options: Authors | Run) -> None:
-    if isinstance(options, Run):
-        if not options.source.is_dir():
-            raise ValueError(f"run needs the folder of a run, received {options.source}.")
-        model = load_model(options.source)
-    else:
-        state_dict = read_state_dict(options.source)
-        name = options.name or _name(options.source, state_dict)
-        model = model_of_checkpoint(state_dict, name, class_names=_class_names(options))
-    if options.fold:
+def convert(conversion: Authors | Run) -> None:
+    """Makes one file of a trained model."""
+    model = conversion.load()
+    if conversion.fold:
         model = model.folded()
-    if options.format == "jax":
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(serialize(model))
+    out = conversion.out
+    if conversion.format == "jax":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(serialize(model))
     else:
-        model.save(options.out)
-    size = options.out.stat().st_size / 2**20
+        model.save(out)
+    size = out.stat().st_size / 2**20
     count = sum(x.size for x in jax.tree.leaves(model.variables["params"]))
-    rich.print(f"{options.out}: {model.recipe.model.name}, {count:,} parameters, {size:.1f} MiB")
+    rich.print(f"{out}: {model.recipe.model.name}, {count:,} parameters, {size:.1f} MiB")
 
 
 def model_of_checkpoint(
     state_dict: Mapping[str, np.ndarray], name: str, *, class_names: tuple[str, ...]
 ) -> TrainedModel:
     """Returns the trained model that a PyTorch checkpoint of a published architecture holds."""
-    sizes, statistics = SIZES["imagenet"], IMAGENET_STATISTICS
-    facts = Facts(
-        train_size=sizes.train_size,
-        class_names=class_names,
-        image_shape=sizes.image_shape,
-        mean=tuple(statistics.mean.tolist()),
-        std=tuple(statistics.std.tolist()),
-    )
+    facts = dataclasses.replace(PUBLISHED_FACTS["imagenet"], class_names=class_names)
     return TrainedModel(
         recipe=_recipe(name),
         facts=dataclasses.asdict(facts),
@@ -158,28 +158,19 @@ def serialize(model: TrainedModel) -> bytes:
 
 
 def _recipe(name: str) -> Recipe:
-    """The recipe that trains the architecture of a checkpoint."""
+    """Returns the recipe that trains the architecture of a checkpoint."""
     spec = checkpoint_spec(name)
-    (model,) = (key for key, model in MODELS.items() if model is getattr(models, spec.model))
     weight = "" if spec.preset is None else "_ws"
-    recipe = get_recipe(f"imagenet_{model}_{spec.norm}{weight}")
+    recipe = get_recipe(f"imagenet_{spec.model.lower()}_{spec.norm}{weight}")
     statistics = "batch" if spec.norm == "bcn" else recipe.norm.statistics
     return dataclasses.replace(recipe, norm=dataclasses.replace(recipe.norm, statistics=statistics))
 
 
-def _name(path: Path, state_dict: Mapping[str, np.ndarray]) -> str:
-    stem = path.name.split(".")[0]
-    return stem if stem in checkpoint_names() else guess_checkpoint_name(state_dict)
-
-
-def _class_names(options: Authors) -> tuple[str, ...]:
-    if options.class_names is not None:
-        return tuple(options.class_names.read_text().splitlines())
-    labels = "datasets/imagenet2012/labels.txt"
-    return tuple(
-        importlib.resources.files("tensorflow_datasets").joinpath(labels).read_text().split()
-    )
-
+main = make_main(
+    convert,
+    options=Annotated[Authors, tyro.conf.subcommand("authors")]
+    | Annotated[Run, tyro.conf.subcommand("run")],
+)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -4,27 +4,26 @@
 """
 
 import dataclasses
-import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import rich
 import tyro
 
-from experiments._command import run_command
-from experiments._recipe import Recipe
+from experiments._command import make_main
+from experiments._model_file import restore_run
 from experiments._tables import table
-from experiments.recipes import get_recipe
 from wsbcn_flax.training import Checkpointer
 from wsbcn_flax.training.progress import Progress
+from wsbcn_flax.training.writers import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,7 @@ class CrashOptions:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class CrashReport:
+class CrashReport(NamedTuple):
     """Result of the comparison.
 
     Attributes:
@@ -72,26 +70,35 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
     """Runs the recipe undisturbed and killed, under ``folder``, and compares the ends.
 
     Raises:
-        RuntimeError: if a training fails by itself.
+        RuntimeError: If a training fails by itself.
     """
     whole, killed = folder / "whole", folder / "killed"
-    startup = _undisturbed(options, whole)
+    began = time.monotonic()
+    process = _start(options, whole)
+    _wait_for_step(1, process, whole)
+    startup = time.monotonic() - began
+    _finish(process)
     furthest = round(1.5 * _last_step(whole) / options.kills)
     moments = random.Random(options.seed)
     killed_at, lost = [], []
     with Progress("kill", total=options.kills) as progress:
-        for number in range(options.kills):
+        for number in range(1, options.kills + 1):
+            process = _start(options, killed)
             # While stepping and saving, or now and then while importing, restoring and compiling.
             further = moments.randint(0, furthest)
-            pause = moments.uniform(0, 0.2 if further else startup)
-            if not _kill(_start(options, killed), killed, further=further, pause=pause):
+            _wait_for_step(_last_step(killed) + further, process, killed)
+            time.sleep(moments.uniform(0, 0.2 if further else startup))
+            if process.poll() is not None:
+                _finish(process)
                 break
+            process.kill()
+            process.communicate()
             killed_at.append(_last_step(killed))
-            lost.append(max(killed_at[-1] - _newest_checkpoint(killed), 0))
-            progress.update(number + 1, {"killed at step": killed_at[-1]})
+            with Checkpointer(killed / "checkpoints") as checkpointer:
+                lost.append(max(killed_at[-1] - max(checkpointer.steps, default=0), 0))
+            progress.update(number, {"killed at step": killed_at[-1]})
     _finish(_start(options, killed))
-    recipe = _recipe(options)
-    one, other = _final_leaves(recipe, whole), _final_leaves(recipe, killed)
+    one, other = _final_leaves(whole), _final_leaves(killed)
     return CrashReport(
         tuple(killed_at),
         tuple(lost),
@@ -99,10 +106,6 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
         (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text(),
         len(one),
     )
-
-
-def _recipe(options: CrashOptions) -> Recipe:
-    return dataclasses.replace(get_recipe(options.recipe), epochs=options.epochs)
 
 
 def _start(options: CrashOptions, folder: Path) -> subprocess.Popen:
@@ -119,15 +122,10 @@ def _start(options: CrashOptions, folder: Path) -> subprocess.Popen:
     )
 
 
-def _undisturbed(options: CrashOptions, folder: Path) -> float:
-    """Runs to the end; returns the seconds until the first step."""
-    started = time.monotonic()
-    process = _start(options, folder)
-    while process.poll() is None and not _last_step(folder):
-        time.sleep(0.05)
-    first = time.monotonic()
-    _finish(process)
-    return first - started
+def _wait_for_step(step: int, process: subprocess.Popen, folder: Path) -> None:
+    """Waits until the step is recorded, or the process ends."""
+    while process.poll() is None and _last_step(folder) < step:
+        time.sleep(0.02)
 
 
 def _finish(process: subprocess.Popen) -> None:
@@ -136,50 +134,24 @@ def _finish(process: subprocess.Popen) -> None:
         raise RuntimeError(f"A training failed by itself:\n{errors.decode()[-2000:]}")
 
 
-def _kill(process: subprocess.Popen, folder: Path, *, further: int, pause: float) -> bool:
-    """Kills the training some steps further than it ever was, and a pause; False if it ended."""
-    target = _last_step(folder) + further
-    while process.poll() is None and _last_step(folder) < target:
-        time.sleep(0.02)
-    try:
-        process.wait(timeout=pause)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        return True
-    _finish(process)
-    return False
-
-
 def _last_step(folder: Path) -> int:
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    # The last line may be torn by the kill.
-    complete = [line for line in lines if line.endswith("}")]
-    return json.loads(complete[-1])["step"] if complete else 0
+    records = read_jsonl(path) if path.exists() else []
+    return records[-1]["step"] if records else 0
 
 
-def _newest_checkpoint(folder: Path) -> int:
-    with Checkpointer(folder / "checkpoints") as checkpointer:
-        return max(checkpointer.steps, default=0)
-
-
-def _final_leaves(recipe: Recipe, folder: Path) -> dict[str, np.ndarray]:
-    experiment = recipe.experiment(recipe.load_data())
-    with Checkpointer(folder / "checkpoints") as checkpointer:
-        template = jax.eval_shape(lambda: experiment.init(recipe.seed))
-        restored = checkpointer.restore(experiment.steps, template)
-    leaves = jax.tree_util.tree_leaves_with_path(restored.state)
+def _final_leaves(folder: Path) -> dict[str, np.ndarray]:
+    *_, state = restore_run(folder)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns 0 if the two ends are equal bit for bit."""
-    return run_command(_crash, argv)
+def _crash(options: CrashOptions) -> None:
+    """Prints the comparison.
 
-
-def _crash(argv: list[str]) -> None:
-    options = tyro.cli(CrashOptions, args=argv, prog="crash")
+    Raises:
+        RuntimeError: If the two ends are not equal bit for bit, or the training was too short.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = crash(options, Path(folder))
     results = {
@@ -196,6 +168,8 @@ def _crash(argv: list[str]) -> None:
     if report.differing or not report.same_metrics:
         raise RuntimeError("The killed training did not end as the undisturbed one.")
 
+
+main = make_main(_crash, options=CrashOptions)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

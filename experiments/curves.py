@@ -1,6 +1,5 @@
-"""Test error by epoch of one run or several: `python -m experiments.curves RUN [RUN ...]`."""
+"""Test error by step of one run or several: `python -m experiments.curves RUN [RUN ...]`."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -8,24 +7,10 @@ from typing import NamedTuple
 import rich
 import tyro
 
-from experiments._command import run_command
-from experiments._figures import draw_curves, require_matplotlib
+from experiments._command import make_main
+from experiments._figures import error_figure
 from experiments._tables import table
 from wsbcn_flax.training.writers import read_jsonl
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CurvesOptions:
-    """Draws the test error of runs by step.
-
-    Attributes:
-        runs: Folders of runs that were evaluated during training
-            (`experiments.train --eval-every`).
-        out: File of the figure.
-    """
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    out: Path = Path("runs/curves.png")
 
 
 class Curve(NamedTuple):
@@ -36,26 +21,23 @@ class Curve(NamedTuple):
     errors: list[float]
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    return run_command(lambda argv: _draw(tyro.cli(CurvesOptions, args=argv)), argv)
+def curves(
+    runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path = Path("runs/curves.png")
+) -> None:
+    """Draws the test error of runs by step.
 
-
-def _draw(options: CurvesOptions) -> None:
-    require_matplotlib()
-    curves = [read_curve(folder) for folder in options.runs]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves({curve.name: (curve.steps, curve.errors) for curve in curves}, options.out)
-    rows = [
-        {
-            "run": name,
-            "evaluations": len(errors),
-            "last": f"{errors[-1]:.2f}",
-            "best": f"{min(errors):.2f}",
-        }
-        for name, _, errors in curves
-    ]
-    rich.print(table("test error %", rows), f"written to {options.out}")
+    Args:
+        runs: Folders of runs that were evaluated during training
+            (`experiments.train --eval-every`).
+        out: File of the figure.
+    """
+    rows = []
+    with error_figure(out, xlabel="step") as axes:
+        for name, steps, errors in map(read_curve, runs):
+            axes.plot(steps, errors, marker="o", label=f"{name}: {errors[-1]:.2f} %")
+            last, best = f"{errors[-1]:.2f}", f"{min(errors):.2f}"
+            rows.append({"run": name, "evaluations": len(errors), "last": last, "best": best})
+    rich.print(table("test error %", rows), f"written to {out}")
 
 
 def read_curve(folder: Path) -> Curve:
@@ -71,6 +53,8 @@ def read_curve(folder: Path) -> Curve:
     errors = [100 * record["eval_error"] for record in records]
     return Curve(folder.name, [record["step"] for record in records], errors)
 
+
+main = make_main(curves)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """Predictions for files: `python -m experiments.predict MODEL IMAGE [IMAGE ...]`."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,47 +8,42 @@ import numpy as np
 import rich
 import tyro
 
-from experiments._command import run_command
+from experiments._command import make_main
 from experiments._model_file import load_model
 from experiments._tables import table
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictOptions:
+def predict(
+    model: tyro.conf.Positional[Path],
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    top: int = 5,
+) -> None:
     """Applies a trained model to files.
 
-    Attributes:
+    Args:
         model: Folder of a run, or a file that `experiments.convert` wrote.
         files: Image files; they are prepared as evaluation prepares them.
         top: Number of predictions to show for each file.
     """
-
-    model: tyro.conf.Positional[Path]
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    top: int = 5
-
-    def __post_init__(self):
-        if not self.files or self.top < 1:
-            raise ValueError("predict needs a file and at least one prediction to show.")
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    return run_command(_predict, argv)
-
-
-def _predict(argv: list[str]) -> None:
-    options = tyro.cli(PredictOptions, args=argv, prog="predict")
-    model = load_model(options.model)
-    inputs = np.stack([model.recipe.read_input(path, model.data) for path in options.files])
-    outputs = jax.device_get(jax.jit(model.predict_fn())(inputs))
+    if not files or top < 1:
+        raise ValueError(
+            f"predict needs a file and at least one prediction to show, received {len(files)} "
+            f"files and --top {top}."
+        )
+    trained = load_model(model)
+    recipe, data = trained.recipe, trained.data
+    inputs = np.stack([recipe.read_input(path, data) for path in files])
+    outputs = jax.device_get(jax.jit(trained.predict_fn())(inputs))
     rows = [
         {"file": path.name} | row
-        for path, output in zip(options.files, outputs, strict=True)
-        for row in model.recipe.describe_output(output, model.data, top=options.top)
+        for path, output in zip(files, outputs, strict=True)
+        for row in recipe.describe_output(output, data, top=top)
     ]
-    rich.print(table(f"{options.model}", rows))
+    rich.print(table(f"{model}", rows))
 
+
+main = make_main(predict)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,90 +2,55 @@
 
 import dataclasses
 import difflib
-import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from experiments._classification import ClassificationRecipe
-from experiments._image_data import SIZES
-from experiments._recipe import (
-    DataConfig,
-    ModelConfig,
-    Norm,
-    NormConfig,
-    Recipe,
-    Weight,
-    WeightConfig,
-)
+from experiments._image_data import PUBLISHED_FACTS
+from experiments._recipe import Norm, Recipe, Weight, WeightConfig, from_json
+from experiments._variants import with_norm
 from experiments.recipes import cifar, imagenet, small
-from wsbcn_flax.training import BatchConfig
 
 PUBLISHED = imagenet.PUBLISHED | cifar.PUBLISHED
 
-_NORMS: tuple[Norm, ...] = typing.get_args(Norm)
-_WEIGHTS: tuple[Weight, ...] = typing.get_args(Weight)[1:]
-_DATA = {
-    **small.DATA,
-    "cifar10": DataConfig(name="cifar10", crop_padding=4, flip=True),
-    "cifar100": DataConfig(name="cifar100", crop_padding=4, flip=True),
-    "imagenet": DataConfig(name="imagenet", eval_split="validation"),
+_NORMS: tuple[str, ...] = typing.get_args(Norm)
+_WEIGHTS: tuple[str, ...] = typing.get_args(Weight)[1:]
+_RECIPES = (*small.RECIPES, *cifar.RECIPES, *imagenet.RECIPES)
+# Every name, with a recipe and the normalization that it is given.
+_NAMES: dict[str, tuple[Recipe, str]] = {
+    f"{recipe.data.name}_{recipe.model.name}_{norm}{weight}": (recipe, f"{norm}{weight}")
+    for recipe in _RECIPES
+    for norm in _NORMS
+    for weight in ("", *(f"_{weight}" for weight in _WEIGHTS))
 }
-MODELS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(small.DATA, small.MODELS),
-    "cifar10": tuple(cifar.TRAININGS),
-    "cifar100": tuple(cifar.TRAININGS),
-    "imagenet": tuple(imagenet.TRAININGS),
-}
-_NAME = re.compile(rf"({'|'.join(_DATA)})_(.+)_({'|'.join(_NORMS)})(?:_({'|'.join(_WEIGHTS)}))?")
+MODELS: dict[str, tuple[str, ...]] = {}
+for _recipe in _RECIPES:
+    MODELS[_recipe.data.name] = (*MODELS.get(_recipe.data.name, ()), _recipe.model.name)
 
 
 def recipe_names() -> tuple[str, ...]:
     """Returns the names of all recipes."""
-    weights = ("", *(f"_{weight}" for weight in _WEIGHTS))
-    return tuple(
-        f"{data}_{model}_{norm}{weight}"
-        for data, models in MODELS.items()
-        for model in models
-        for norm in _NORMS
-        for weight in weights
-    )
+    return tuple(_NAMES)
 
 
-def get_recipe(name: str) -> ClassificationRecipe:
+def get_recipe(name: str) -> Recipe:
     """Returns the recipe of that name.
 
     Raises:
         ValueError: For an unknown name; it lists the nearest.
     """
-    match = _NAME.fullmatch(name)
-    if match is None or match[2] not in MODELS[match[1]]:
-        near = difflib.get_close_matches(name, recipe_names(), n=3) or recipe_names()[:3]
+    if name not in _NAMES:
+        near = difflib.get_close_matches(name, _NAMES, n=3) or recipe_names()[:3]
         raise ValueError(
             f"A recipe is named {{data}}_{{model}}_{{norm}}[_{{weight}}], received {name!r}. "
             f"{describe_names(separator='; ')}. The nearest: {', '.join(near)}."
         )
-    data, model, norm, weight = match.groups()
-    kind = typing.cast(Weight, weight or "none")
-    if data in small.DATA:
-        return ClassificationRecipe(
-            data=_DATA[data],
-            model=ModelConfig(name=model, stem_strides=small.STEM_STRIDES.get(data)),
-            norm=NormConfig(kind=typing.cast(Norm, norm)),
-            weight=WeightConfig(kind=kind),
-        )
-    training = (imagenet.TRAININGS if data == "imagenet" else cifar.TRAININGS)[model]
-    # The authors' two ImageNet codes differ in their convention of WS.
-    preset = "official" if data == "imagenet" and norm == "gn" else "bcn"
-    return ClassificationRecipe(
-        data=_DATA[data],
-        model=ModelConfig(name=model),
-        norm=NormConfig(kind=typing.cast(Norm, norm), groups=training.groups),
-        weight=WeightConfig(kind=kind, preset=preset),
-        batch=BatchConfig(size=training.batch, loop="auto"),
-        optim=training.optim,
-        epochs=training.epochs,
-    )
+    recipe, norm = _NAMES[name]
+    if recipe.data.name == "imagenet" and norm.startswith("gn"):
+        # The authors' two ImageNet codes differ in their convention of WS.
+        recipe = dataclasses.replace(recipe, weight=WeightConfig(preset="official"))
+    return with_norm(recipe, norm)
 
 
 def describe_names(*, separator: str) -> str:
@@ -102,7 +67,8 @@ def describe_names(*, separator: str) -> str:
 def describe(name: str) -> str:
     """Describes a recipe: its published result if it has one, and its cost."""
     recipe = get_recipe(name)
-    steps = round(recipe.epochs * (SIZES[recipe.data.name].train_size // recipe.batch.size))
+    train_size = PUBLISHED_FACTS[recipe.data.name].train_size
+    steps = round(recipe.epochs * (train_size // recipe.batch.size))
     lines = [f"{steps:,} steps of {recipe.batch.size} images."]
     for published, row in PUBLISHED.items():
         if published.startswith(f"{recipe.data.name}_{recipe.model.name}_"):
@@ -131,19 +97,9 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """
     values = dict(values)
     try:
-        return _from_dict(_TASKS[values.pop("task")], values)
+        return from_json(_TASKS[values.pop("task")], values)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"A recipe needs the fields of this version, received others ({error}): was it written "
             "by another version of this package?"
         ) from error
-
-
-def _from_dict(kind: Any, value: Any) -> Any:
-    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        # JSON has no tuples.
-        return tuple(value) if typing.get_origin(kind) is tuple else value
-    hints = typing.get_type_hints(kind)
-    if unknown := set(value) - set(hints):
-        raise KeyError(f"unknown: {', '.join(unknown)}")
-    return kind(**{name: _from_dict(hints[name], item) for name, item in value.items()})

@@ -1,42 +1,43 @@
 """The rows of recipe tables."""
 
-import dataclasses
 from typing import NamedTuple
 
-from wsbcn_flax.training import OptimizerConfig
+from experiments._classification import ClassificationRecipe
+from experiments._recipe import DataConfig, ModelConfig, NormConfig
+from wsbcn_flax.training import BatchConfig, OptimizerConfig
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """A network's schedule: SGD with momentum 0.9 from a rate of 0.1, in steps.
+def step_recipe(
+    data: DataConfig,
+    model: str,
+    *,
+    epochs: float,
+    milestones: tuple[float, ...],
+    batch: int,
+    groups: int,
+    weight_decay: float = 1e-4,
+    decay: float = 0.1,
+) -> ClassificationRecipe:
+    """Returns a recipe of SGD with momentum 0.9, from a learning rate of 0.1, in steps.
 
-    Attributes:
-        epochs: Length of training.
-        milestones: Epochs at which the learning rate is multiplied by ``decay``.
-        batch: Number of images in a step.
-        groups: Number of groups of group and batch-channel normalization.
-        weight_decay: Weight decay of all parameters, scales and biases included.
-        decay: Factor of each milestone.
+    The rate is multiplied by ``decay`` at ``milestones``, in epochs. Weight decay is of all
+    parameters, scales and biases included.
     """
-
-    epochs: float
-    milestones: tuple[float, ...]
-    batch: int
-    groups: int
-    weight_decay: float = 1e-4
-    decay: float = 0.1
-
-    @property
-    def optim(self) -> OptimizerConfig:
-        """The optimizer's configuration."""
-        return OptimizerConfig(
+    return ClassificationRecipe(
+        data=data,
+        model=ModelConfig(name=model),
+        norm=NormConfig(groups=groups),
+        batch=BatchConfig(size=batch, loop="auto"),
+        optim=OptimizerConfig(
             learning_rate=0.1,
             schedule="step",
-            milestones=tuple(map(float, self.milestones)),
-            decay=self.decay,
-            weight_decay=self.weight_decay,
+            milestones=milestones,
+            decay=decay,
+            weight_decay=weight_decay,
             decays_everything=True,
-        )
+        ),
+        epochs=epochs,
+    )
 
 
 class Published(NamedTuple):
@@ -44,7 +45,7 @@ class Published(NamedTuple):
 
     Attributes:
         error: Errors in percent.
-        source: Where they are published.
+        source: Title of the publication.
         flops: Floating-point operations of the whole training, in the convolutions.
     """
 

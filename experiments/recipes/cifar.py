@@ -8,36 +8,42 @@ padded by 4 pixels, and flips. The groups are the most, up to 32, that divide th
 into groups of four or more channels.
 """
 
-from experiments.recipes._table import Published, Training
+import functools
 
-TRAININGS = {
-    **{
-        name: Training(epochs=164, milestones=(81, 122), batch=128, groups=4)
-        for name in (
-            "resnet20",
-            "resnet32",
-            "resnet44",
-            "resnet56",
-            "resnet110",
-            "preresnet110",
-            "preresnet164",
-        )
-    },
-    "resnext29_8x64d": Training(
-        epochs=300, milestones=(150, 225), batch=128, groups=16, weight_decay=5e-4
-    ),
-    "wrn28_10": Training(
-        epochs=200,
-        milestones=(60, 120, 160),
-        batch=128,
-        groups=4,
-        weight_decay=5e-4,
-        decay=0.2,
-    ),
-    "vgg16": Training(epochs=164, milestones=(81, 122), batch=128, groups=16, weight_decay=5e-4),
-    "vgg19": Training(epochs=164, milestones=(81, 122), batch=128, groups=16, weight_decay=5e-4),
-    "densenet100_12": Training(epochs=300, milestones=(150, 225), batch=64, groups=6),
-}
+from experiments._classification import ClassificationRecipe
+from experiments._recipe import DataConfig
+from experiments.recipes._table import Published, step_recipe
+
+_RESNETS = (
+    *(f"resnet{depth}" for depth in (20, 32, 44, 56, 110)),
+    *(f"preresnet{depth}" for depth in (110, 164)),
+)
+
+
+def _recipes(name: str) -> list[ClassificationRecipe]:
+    data = DataConfig(name=name, crop_padding=4, flip=True)
+    long = functools.partial(step_recipe, data, epochs=300, milestones=(150.0, 225.0))
+    short = functools.partial(step_recipe, data, epochs=164, milestones=(81.0, 122.0), batch=128)
+    return [
+        *(short(model, groups=4) for model in _RESNETS),
+        long("resnext29_8x64d", batch=128, groups=16, weight_decay=5e-4),
+        step_recipe(
+            data,
+            "wrn28_10",
+            epochs=200,
+            milestones=(60.0, 120.0, 160.0),
+            batch=128,
+            groups=4,
+            weight_decay=5e-4,
+            decay=0.2,
+        ),
+        short("vgg16", groups=16, weight_decay=5e-4),
+        short("vgg19", groups=16, weight_decay=5e-4),
+        long("densenet100_12", batch=64, groups=6),
+    ]
+
+
+RECIPES = [*_recipes("cifar10"), *_recipes("cifar100")]
 
 # Error in %, and FLOPs of the convolutions, forward and backward. WRN-28-10 has dropout 0.3.
 # PreResNet-110 there stacked 18 bottlenecks a stage, which the papers count as 164 layers: the

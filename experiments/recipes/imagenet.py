@@ -7,17 +7,23 @@ parameters, scales and biases included, as PyTorch's SGD applies it. Random-resi
 GN and BCN have 32 groups; the last scale of each residual branch starts at zero.
 """
 
-from experiments.recipes._table import Published, Training
+import functools
 
-TRAININGS = {
-    "resnet18": Training(epochs=90, milestones=(30, 60), batch=256, groups=32),
-    "resnet34": Training(epochs=90, milestones=(30, 60), batch=256, groups=32),
-    "resnet50": Training(epochs=90, milestones=(30, 60), batch=256, groups=32),
-    "resnet101": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
-    "resnet152": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
-    "resnext50_32x4d": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
-    "resnext101_32x4d": Training(epochs=100, milestones=(30, 60, 90), batch=128, groups=32),
-}
+from experiments._recipe import DataConfig
+from experiments.recipes._table import Published, step_recipe
+
+_recipe = functools.partial(
+    step_recipe, DataConfig(name="imagenet", eval_split="validation"), groups=32
+)
+RECIPES = [
+    _recipe("resnet18", epochs=90, milestones=(30.0, 60.0), batch=256),
+    _recipe("resnet34", epochs=90, milestones=(30.0, 60.0), batch=256),
+    _recipe("resnet50", epochs=90, milestones=(30.0, 60.0), batch=256),
+    _recipe("resnet101", epochs=100, milestones=(30.0, 60.0, 90.0), batch=128),
+    _recipe("resnet152", epochs=100, milestones=(30.0, 60.0, 90.0), batch=128),
+    _recipe("resnext50_32x4d", epochs=100, milestones=(30.0, 60.0, 90.0), batch=128),
+    _recipe("resnext101_32x4d", epochs=100, milestones=(30.0, 60.0, 90.0), batch=128),
+]
 
 # Top-1 and top-5 error in %, and FLOPs of the convolutions, forward and backward.
 SOURCE = "the authors' Weight Standardization README"

@@ -7,13 +7,21 @@ have 4 groups. The README's tables give what to expect. Digits and garments of 2
 little detail: a stem with stride 2 costs a quarter.
 """
 
-from experiments._recipe import DataConfig
+from experiments._classification import ClassificationRecipe
+from experiments._recipe import DataConfig, ModelConfig
 
-MODELS = ("resnet8", "resnet20")
-DATA = {
-    "mnist5k": DataConfig(name="mnist5k", crop_padding=1),
-    "mnist": DataConfig(name="mnist", crop_padding=1),
-    "digits": DataConfig(name="digits", crop_padding=1),
-    "fashion": DataConfig(name="fashion", flip=True),
-}
-STEM_STRIDES = {"mnist5k": 2, "mnist": 2, "fashion": 2}
+_DATA = (
+    DataConfig(name="mnist5k", crop_padding=1),
+    DataConfig(name="mnist", crop_padding=1),
+    DataConfig(name="digits", crop_padding=1),
+    DataConfig(name="fashion", flip=True),
+)
+_STEM_STRIDES = {"mnist5k": 2, "mnist": 2, "fashion": 2}
+
+RECIPES = [
+    ClassificationRecipe(
+        data=data, model=ModelConfig(name=model, stem_strides=_STEM_STRIDES.get(data.name))
+    )
+    for data in _DATA
+    for model in ("resnet8", "resnet20")
+]

@@ -21,8 +21,8 @@ CPU = [RECIPE, "--platform", "cpu", "--dtype", "float32"]
 def test_ratios_are_to_each_reference_that_is_compiled():
     figures = dict.fromkeys(Compiled._fields, 3_000_000)
     results = {
-        "bn": Compiled(**{**figures, "bytes_accessed": 4.0}),
-        "bcn_ws": Compiled(**{**figures, "bytes_accessed": 3.0}),
+        "bn": {**figures, "bytes_accessed": 4.0},
+        "bcn_ws": {**figures, "bytes_accessed": 3.0},
     }
     row = aot.rows_with_ratios(results, topology="v5e:2x4")[1]
     assert row["bytes_accessed/bn"] == 0.75

@@ -12,7 +12,7 @@ import pytest
 from oracles import normal
 
 from experiments import _models, recipes
-from experiments._image_data import SIZES
+from experiments._image_data import PUBLISHED_FACTS
 from experiments._models import make_model
 from experiments._recipe import DataConfig
 from experiments.recipes import get_recipe, recipe_from_dict, recipe_names, recipe_to_dict
@@ -59,7 +59,11 @@ def test_names_are_unique_and_resolve():
         weight = recipe.weight.kind
         parts = (recipe.model.name, recipe.norm.kind, *(() if weight == "none" else (weight,)))
         assert name == "_".join((recipe.data.name, *parts))
-    assert {get_recipe(name).data.name for name in names} == set(dataset_names()) == set(SIZES)
+    assert (
+        {get_recipe(name).data.name for name in names}
+        == set(dataset_names())
+        == set(PUBLISHED_FACTS)
+    )
 
 
 def test_every_published_row_has_a_recipe():
@@ -68,7 +72,9 @@ def test_every_published_row_has_a_recipe():
         text = recipes.describe(name)
         assert re.search(r"Expected error: \d+\.\d+ %.* \(.*README", text)
         recipe = get_recipe(name)
-        steps = round(recipe.epochs * (SIZES[recipe.data.name].train_size // recipe.batch.size))
+        steps = round(
+            recipe.epochs * (PUBLISHED_FACTS[recipe.data.name].train_size // recipe.batch.size)
+        )
         assert text.startswith(f"{steps:,} steps of {recipe.batch.size} images. FLOPs")
         with_bcn = recipes.describe(re.sub("_(gn_ws|bn)$", "_bcn_ws", name))
         assert f"no verified number; {name}: " in with_bcn

@@ -24,9 +24,6 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\n((?: .*\n|\n)*?)\}", re
 _LOOP_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
-# Memory of a chip, in bytes, from Google's descriptions of its TPU generations.
-HBM_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
-
 
 class Compiled(NamedTuple):
     """Figures of a compiled step; all but ``chips`` are for each chip.
