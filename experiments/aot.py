@@ -8,6 +8,7 @@ A step of a large network takes minutes to compile for TPU.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -111,14 +112,13 @@ def aot(
             model=dataclasses.replace(variant.model, dtype=dtype, remat=remat),
         )
 
+    def bytes_needed(batch: int, micro: int) -> int:
+        return device_bytes(resized(base, batch, micro).experiment().lower(devices).compile())
+
     if fits is not None:
         for batch in per_device_batch:
-
-            def bytes_needed(micro: int, batch: int = batch) -> int:
-                lowered = resized(base, batch, micro).experiment().lower(devices)
-                return device_bytes(lowered.compile())
-
-            _print_what_fits(recipe, batch, bytes_needed, limit=round(fits * 2**30))
+            of_micro = functools.partial(bytes_needed, batch)
+            _print_what_fits(recipe, batch, of_micro, limit=round(fits * 2**30))
         return
     # The references first, so that each row has its ratios when it is written.
     variants = {name: with_norm(base, name) for name in against} | {norm_name(base): base}

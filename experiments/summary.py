@@ -44,7 +44,7 @@ def summary(
             summaries[name] = summarize_model(name, norm)._asdict()
             progress.update(number)
     rows = [{"network": name, **costs} for name, costs in summaries.items()]
-    rich.print(table(f"{norm}: one image in float32, 2 FLOPs a multiply-add", rows, _COLUMNS))
+    rich.print(table(norm, rows, _COLUMNS), "one image in float32, 2 FLOPs a multiply-add")
     if json is not None:
         write_json(json, {"norm": norm, "models": summaries})
 
