@@ -245,7 +245,7 @@ def test_a_host_reads_its_own_rows_only():
 
 OTHER_PROCESS = """
 import sys, zlib
-sys.path.insert(0, "tests/data")
+sys.path[:0] = ["tests", "tests/data"]
 from test_data_pipeline import train
 batches = train("memory", 5, size=50, num_threads=2)
 print(zlib.crc32(b"".join(batch["image"].tobytes() for batch in batches)))
