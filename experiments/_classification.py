@@ -1,7 +1,6 @@
 """The recipes of classification, and the experiments they make."""
 
 import dataclasses
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +13,12 @@ from flax.training.dynamic_scale import DynamicScale
 from experiments._image_data import ImageData, ImageFacts, published_facts
 from experiments._models import make_model, make_transform
 from experiments._recipe import DataConfig, ModelConfig, Recipe, from_json
-from wsbcn_flax._extras import require
+from wsbcn_flax.data import DecodeImage
+from wsbcn_flax.data._decoding import resize
 from wsbcn_flax.tasks import Classification, Ema
 from wsbcn_flax.training import Experiment, Partition
+
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # Of red, green and blue, as ITU-R BT.601 has it.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,23 +106,25 @@ class ClassificationRecipe(Recipe):
             ValueError: If it is no image.
         """
         example: Any = {"image": path.read_bytes(), "file_name": str(path)}
+        for transform in data.eval_transforms or (DecodeImage(),):
+            example = transform.map(example)
         if data.eval_transforms:
-            for transform in data.eval_transforms:
-                example = transform.map(example)
             return example["image"]
-        pil = require("PIL.Image", extra="train")
         height, width, channels = data.image_facts.image_shape
-        try:
-            with pil.open(io.BytesIO(example["image"])) as image:
-                resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-        except pil.UnidentifiedImageError as error:
-            raise ValueError(f"{path} must be an image file, PNG or JPEG, and is none.") from error
-        return np.asarray(resized).reshape(height, width, channels)
+        image = resize(example["image"], height, width)
+        if channels == 1:
+            image = np.round(image @ _LUMINANCE).astype(np.uint8)
+        return image.reshape(height, width, channels)
 
     def describe_output(
         self, output: np.ndarray, data: ImageData, *, top: int
     ) -> list[dict[str, str]]:
         """Returns the most probable classes of one image, from its logits."""
+        if not np.isfinite(output).all():
+            raise ValueError(
+                "The model's logits must be finite, received NaN or infinity: it is damaged or has "
+                "diverged; convert or train it again."
+            )
         probabilities = np.exp(output - output.max())
         probabilities /= probabilities.sum()
         names = data.image_facts.class_names

@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import os
 import pdb
 import sys
 import traceback
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
+from wsbcn_flax.data import default_data_dir
 from wsbcn_flax.training.preemption import PREEMPTED_STATUS, PreemptedError
 
 _OURS = {"experiments", "wsbcn_flax"}
@@ -38,10 +41,18 @@ def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
     It is 0, 1 after an error, 75 after SIGTERM with a checkpoint, or 130 after Ctrl-C.
 
     A mistake of the user is printed in one line. Any other error keeps its traceback, and with the
-    argument ``--pdb`` opens the debugger where it was raised.
+    argument ``--pdb`` opens the debugger where it was raised. Compiled programs are kept in the
+    user's cache, for the next run, unless there is the argument ``--no-compilation-cache``.
     """
+    flags = {"--pdb", "--no-compilation-cache"}
+    if "--no-compilation-cache" not in argv:
+        _keep_compiled_programs()
     try:
-        command([argument for argument in argv if argument != "--pdb"])
+        command([argument for argument in argv if argument not in flags])
+        sys.stdout.flush()
+    except BrokenPipeError:  # Of `COMMAND | head`: Python would complain again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except PreemptedError as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED_STATUS
@@ -58,6 +69,14 @@ def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    """Sets JAX's persistent compilation cache, unless the user has one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = default_data_dir().parent / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def is_users_mistake(error: Exception) -> bool:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ class TrainedModel:
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file; its metadata hold everything but the arrays."""
-        fields = {"recipe": recipe_to_dict(self.recipe), "facts": self.facts}
         arrays = traverse_util.flatten_dict(self.variables, sep="/")
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        fields = {"recipe": recipe_to_dict(self.recipe), "facts": self.facts}
+        fields |= {"crc32": _checksum(arrays, fields)}
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors = require("safetensors.numpy", extra="convert")
         safetensors.save_file(arrays, path, metadata={_KEY: json.dumps(fields)})
@@ -100,7 +102,9 @@ def load_model(path: Path) -> TrainedModel:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         fields = json.loads(metadata[_KEY])
-    except (safetensors.SafetensorError, KeyError) as error:
+        if fields.pop("crc32") != _checksum(arrays, fields):
+            raise ValueError("its checksum does not fit its content")
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} must be a safetensors file that `python -m experiments.convert` wrote; "
             f"this one is not, or is damaged ({error}). Convert it again."
@@ -108,6 +112,14 @@ def load_model(path: Path) -> TrainedModel:
     variables = {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}
     recipe = recipe_from_dict(fields["recipe"])
     return TrainedModel(recipe=recipe, facts=fields["facts"], variables=variables)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> int:
+    """The CRC-32 of everything in a file."""
+    value = zlib.crc32(json.dumps(fields).encode())
+    for name in sorted(arrays):
+        value = zlib.crc32(arrays[name].tobytes(), zlib.crc32(name.encode(), value))
+    return value
 
 
 def restore_run(folder: Path) -> tuple[Recipe, dict[str, Any], Experiment, TrainState]:

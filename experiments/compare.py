@@ -22,6 +22,7 @@ from experiments._recipe import Recipe
 from experiments._tables import table
 from experiments.recipes import get_recipe
 from wsbcn_flax._extras import require
+from wsbcn_flax._folder_lock import lock_folder
 from wsbcn_flax.training import LoopConfig
 from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import write_json
@@ -84,7 +85,6 @@ def compare(options: CompareOptions) -> list[Result]:
     if options.figure:
         require("matplotlib", extra="plots")
     data = next(iter(recipes.values())).load_data()
-    options.out.mkdir(parents=True, exist_ok=True)
     document = {
         "options": {**dataclasses.asdict(options), "out": str(options.out)},
         "jax": jax.__version__,
@@ -93,7 +93,8 @@ def compare(options: CompareOptions) -> list[Result]:
     }
 
     results: list[Result] = []
-    with Progress("compare", total=len(recipes) * len(options.seeds)) as progress:
+    total = len(recipes) * len(options.seeds)
+    with lock_folder(options.out), Progress("compare", total=total) as progress:
         for (norm, size), recipe in recipes.items():
             progress.note(f"compiling {norm}, micro-batch {size}")
             experiment = recipe.experiment(data)

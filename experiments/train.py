@@ -34,16 +34,21 @@ For example mnist5k_resnet8_bcn_ws, fashion_resnet20_gn_ws, imagenet_resnet50_bc
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
+    status = run_command(_train_by_name, argv)
+    return status if argv else 2
+
+
+def _train_by_name(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         published = (f"{name:40}{row.result}" for name, row in recipes.PUBLISHED.items())
         names = recipes.describe_names(separator="\n  ")
         print(_USAGE.format(names=names, published="\n  ".join(published)))
-        return 0 if argv else 2
-    return run_command(_train_by_name, argv)
-
-
-def _train_by_name(argv: list[str]) -> None:
+        return
     name, *arguments = argv
+    if name.startswith("-"):
+        raise ValueError(
+            f"The name of the recipe comes first, received {name}: train RECIPE {name} ..."
+        )
     tyro.cli(
         functools.partial(train, recipe=recipes.get_recipe(name), out=Path("runs") / name),
         args=arguments,

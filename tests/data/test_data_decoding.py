@@ -49,12 +49,37 @@ def test_cmyk_and_palettes_become_rgb():
         assert np.abs(decoded.astype(int) - PIXELS).mean() < 12
 
 
-def test_the_orientation_of_the_camera_is_ignored():
+def test_an_image_is_turned_as_its_camera_noted_unless_told_otherwise():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter turn
     rotated = encode(Image.fromarray(PIXELS), "JPEG", exif=exif)
-    plain = encode(Image.fromarray(PIXELS), "JPEG")
-    np.testing.assert_array_equal(decode(rotated), decode(plain))
+    plain = decode(encode(Image.fromarray(PIXELS), "JPEG"))
+    np.testing.assert_array_equal(decode(rotated), np.rot90(plain, -1))
+    as_stored = DecodeImage(upright=False).map({"image": rotated})["image"]
+    np.testing.assert_array_equal(as_stored, plain)
+
+
+def test_16_bits_are_scaled_to_8():
+    deep = encode(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257))
+    np.testing.assert_array_equal(decode(deep), decode(encode(PIXELS[..., 0])))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_are_laid_on_white(mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    opaque = np.asarray(image.convert("RGB"))
+    alpha = np.full((30, 44), 255, np.uint8)
+    alpha[:, :20] = 0
+    image.putalpha(Image.fromarray(alpha))
+    decoded = decode(encode(image))
+    assert (decoded[:, :20] == 255).all()
+    np.testing.assert_array_equal(decoded[:, 20:], opaque[:, 20:])
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded():
+    huge = encode(Image.new("1", (10_000, 10_000)))
+    with pytest.raises(ValueError, match=r"^big\.png must have at most 67,108,864 pixels"):
+        decode(huge, file_name="big.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

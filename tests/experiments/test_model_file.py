@@ -118,7 +118,9 @@ def test_bad_input_is_told_in_one_line(run, model, tmp_path, capsys):
             [str(damaged(tmp_path / "damaged.safetensors"))]
         ),
         "with recipe.json": lambda: evaluate.main([str(tmp_path / "empty")]),
-        "must be an image file": lambda: predict.main([str(whole), str(tmp_path / "image.png")]),
+        "must be a whole JPEG or PNG": lambda: predict.main(
+            [str(whole), str(tmp_path / "image.png")]
+        ),
         "No such file": lambda: predict.main([str(whole), str(tmp_path / "absent.png")]),
         "holds no image": lambda: evaluate.main([str(whole), "--split", "test[:0]"]),
         "was not yet": lambda: curves.main([str(unevaluated(tmp_path))]),
@@ -133,6 +135,35 @@ def test_bad_input_is_told_in_one_line(run, model, tmp_path, capsys):
 def unevaluated(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     return folder
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in (*rng.integers(8, header, 20), *rng.integers(header, len(whole), 20)):
+        content = bytearray(whole)
+        content[place] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="safetensors file that"):
+            load_model(path)
+    path.write_bytes(whole)
+    assert load_model(path).recipe == model.recipe
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    with pytest.raises(ValueError, match="logits must be finite"):
+        model.recipe.describe_output(np.array([0.0, np.nan]), model.data, top=1)
+
+
+def test_a_deep_image_is_scaled_and_not_clipped(model, tmp_path):
+    shallow, deep = tmp_path / "8.png", tmp_path / "16.png"
+    image = load_split("digits", "test[:1]").images[0, ..., 0]
+    Image.fromarray(image).save(shallow)
+    Image.fromarray(image.astype(np.uint16) * 257).save(deep)
+    read = [model.recipe.read_input(path, model.data)[..., 0] for path in (shallow, deep)]
+    np.testing.assert_array_equal(read, [image, image])
 
 
 def test_a_file_that_is_not_ours_is_refused(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -36,6 +38,12 @@ def test_finished_run_is_not_trained_again(trained, capsys):
     assert "eval_error" in capsys.readouterr().out
 
 
+def test_help_ends_quietly_where_nobody_reads_on():
+    command = f"{sys.executable} -m experiments.train --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+
+
 def test_another_recipes_folder_is_refused(trained, capsys):
     arguments = ["digits_resnet8_bn", "--out", str(trained), "--no-progress"]
     assert train.main(arguments) == 1
@@ -47,6 +55,8 @@ def test_another_recipes_folder_is_refused(trained, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--epochs", "3", "digits_resnet8_bn"], "The name of the recipe comes first"),
+        (["digits_resnet8_bn", "--batch.size", "0"], "batch.size must be at least 1, received 0"),
         (["digits_resnet9_bn"], "The nearest: digits_resnet8_bn"),
         (["cifar10_resnet110_bn"], "DatasetNotFoundError"),
         (["digits_resnet8_bn", "--model.name", "resnet9"], "model.name must be one of"),

@@ -32,7 +32,7 @@ class DecodeAnnotatedImage:
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes ``element["image"]``, bytes, to uint8 ``[height, width, 3]``, red first."""
-        decoded = DecodeImage().map(element)
+        decoded = DecodeImage(upright=False).map(element)
         expected, found = (element["height"], element["width"]), decoded["image"].shape[:2]
         if found != expected:
             turned = found == expected[::-1]

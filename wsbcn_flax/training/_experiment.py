@@ -94,6 +94,12 @@ class BatchConfig:
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     evaluation: int | None = None
 
+    def __post_init__(self):
+        for name in ("size", "micro", "evaluation"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"batch.{name} must be at least 1, received {value}.")
+
     def partition(self, devices: Sequence[Any] | None = None) -> Partition:
         """Returns the partition over ``devices``, by default the first of those that JAX finds."""
         return Partition(
