@@ -6,7 +6,7 @@ import jax
 import pytest
 from coco_files import coco_content, write_coco
 
-from experiments import detect, evaluate, predict, train
+from experiments import detect, predict, train
 from experiments.recipes import PUBLISHED, get_recipe
 from wsbcn_flax.models.detection import MaskRCNN
 
@@ -48,7 +48,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(dataset, tmp_path_factory):
-    """A detector trained for two steps on four images, on two devices."""
+    """A detector trained for two steps on four images."""
     files = {"annotations": dataset, "images": dataset.parent / "images"}
     options = {
         **{f"data.{prefix}{k}": v for prefix in ("", "eval-") for k, v in files.items()},
@@ -61,7 +61,7 @@ def run(dataset, tmp_path_factory):
         "model.anchors": 16,
         "model.proposals": "32 16",
         "batch.size": 2,
-        "batch.devices": 2,
+        "batch.devices": 1,
         "epochs": 1,
         "optim.warmup-epochs": 0,
         "out": tmp_path_factory.mktemp("run"),
@@ -78,7 +78,7 @@ def test_a_run_is_trained_and_scored(run):
     assert facts == {"train_size": 4, "class_names": ["background", "square", "triangle", "L"]}
 
 
-def test_commands_take_the_run(run, dataset, tmp_path, capsys):
+def test_commands_take_the_run(run, dataset, tmp_path):
     image = dataset.parent / "images" / "1.png"
     figure, found = tmp_path / "figure.png", tmp_path / "found.json"
     options = ["--threshold", "0", "--figure", str(figure), "--json", str(found)]
@@ -93,12 +93,6 @@ def test_commands_take_the_run(run, dataset, tmp_path, capsys):
         assert each["segmentation"]["size"] == [48, 64]
         assert each["category"] in ("square", "triangle", "L")
     assert predict.main([str(run), str(image), "--top", "2"]) == 0
-    capsys.readouterr()
-    results = tmp_path / "evaluated.json"
-    assert evaluate.main([str(run), "--batch-size", "1", "--json", str(results)]) == 0
-    trained = json.loads((run / "result.json").read_text())
-    evaluated = json.loads(results.read_text())
-    assert evaluated == pytest.approx({k.removeprefix("eval_"): v for k, v in trained.items()})
 
 
 def test_a_missing_dataset_says_how_to_get_it(tmp_path, capsys):
