@@ -4,16 +4,13 @@ import functools
 import sys
 from pathlib import Path
 
-import rich
-
 from experiments._command import make_main
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._models import make_model
-from experiments._tables import Column, table
+from experiments._tables import Column
 from experiments.recipes import MODELS, get_recipe
 from wsbcn_flax import WSConv
 from wsbcn_flax.models import ModelSummary, summarize
-from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import write_json
 
 _COLUMNS: dict[str, Column] = {
@@ -38,13 +35,14 @@ def summary(
         norm: Normalization and weights, {norm}[_{weight}] as in a recipe's name.
         json: File to write the numbers to.
     """
+    print(f"{norm}: one image in float32, 2 FLOPs a multiply-add")
+    print("".join(f"{heading:>18}" for heading, _ in _COLUMNS.values()))
     summaries = {}
-    with Progress("summarize", total=len(models)) as progress:
-        for number, name in enumerate(models, start=1):
-            summaries[name] = summarize_model(name, norm)._asdict()
-            progress.update(number)
-    rows = [{"network": name, **costs} for name, costs in summaries.items()]
-    rich.print(table(norm, rows, _COLUMNS), "one image in float32, 2 FLOPs a multiply-add")
+    for name in models:
+        row = summaries[name] = summarize_model(name, norm)._asdict()
+        cells = (show(({"network": name} | row)[key]) for key, (_, show) in _COLUMNS.items())
+        # Row by row, since deep networks take seconds each.
+        print("".join(f"{cell:>18}" for cell in cells), flush=True)
     if json is not None:
         write_json(json, {"norm": norm, "models": summaries})
 
