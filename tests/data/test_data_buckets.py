@@ -136,10 +136,10 @@ def test_one_bucket_needs_none_of_it(source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 5}, r"at most the 4 examples of instances in 36x24, .*received 5"),
+        ({"batch_size": 5}, r"at most the 4 examples of the source, .*received 5"),
         ({"seed": -1}, "received -1 and 0"),
         ({"start_step": -1}, "received 3 and -1"),
-        ({"host_count": 3}, "received 4 for 3"),
+        ({"host_count": 3}, "received host 0 of 3 and 4"),
     ],
 )
 def test_rejects(sources, options, message):

@@ -71,7 +71,15 @@ def test_sigterm_outside_of_training_ends_a_process_as_ever():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_ctrl_c_stops_training_and_a_second_one_stops_at_once(capfd):
+@pytest.fixture
+def in_the_foreground():
+    """Makes Ctrl-C raise KeyboardInterrupt: a test run in the background ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_ctrl_c_stops_training_and_a_second_one_stops_at_once(capfd, in_the_foreground):
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signal() as should_stop:
         assert not should_stop(1)
