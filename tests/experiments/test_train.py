@@ -38,6 +38,12 @@ def test_finished_run_is_not_trained_again(trained, capsys):
     assert "eval_error" in capsys.readouterr().out
 
 
+def test_a_batch_of_no_image_is_an_error_of_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["digits_resnet8_bn", "--batch.size", "0"])
+    assert "batch.size must be at least 1, received 0" in capsys.readouterr().err
+
+
 def test_help_ends_quietly_where_nobody_reads_on():
     command = f"{sys.executable} -m experiments.train --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
@@ -56,7 +62,6 @@ def test_another_recipes_folder_is_refused(trained, capsys):
     ("arguments", "message"),
     [
         (["--epochs", "3", "digits_resnet8_bn"], "The name of the recipe comes first"),
-        (["digits_resnet8_bn", "--batch.size", "0"], "batch.size must be at least 1, received 0"),
         (["digits_resnet9_bn"], "The nearest: digits_resnet8_bn"),
         (["cifar10_resnet110_bn"], "DatasetNotFoundError"),
         (["digits_resnet8_bn", "--model.name", "resnet9"], "model.name must be one of"),
