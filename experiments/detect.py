@@ -15,7 +15,8 @@ from experiments._detection import DetectionRecipe
 from experiments._model_file import TrainedModel, load_model
 from experiments._object_figures import AnnotatedImage, draw_annotated_images
 from experiments._tables import check_writable, table
-from wsbcn_flax.data import DecodeImage, decode_rle, encode_rle, paste_mask
+from wsbcn_flax.data import DecodeImage, decode_rle, encode_rle
+from wsbcn_flax.ops.detection import paste_mask
 from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import write_json
 
@@ -115,7 +116,9 @@ def _of_one_file(
             "score": float(outputs["scores"][slot]),
         }
         if "masks" in outputs:
-            each["segmentation"] = encode_rle(paste_mask(outputs["masks"][slot], box, *size))
+            each["segmentation"] = encode_rle(
+                paste_mask(outputs["masks"][slot], box, size, rounded=False)
+            )
         found.append(each)
     return found
 

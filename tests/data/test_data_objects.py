@@ -19,9 +19,9 @@ from wsbcn_flax.data import (
     ResizeShorter,
     ToBGR,
     encode_rle,
-    paste_mask,
 )
 from wsbcn_flax.data._coco import _compact
+from wsbcn_flax.ops.detection import paste_mask
 
 
 def rasterize(box, segmentation, size):
@@ -91,8 +91,8 @@ def test_pasting_interpolates_at_the_centres_of_pixels(box):
         j = np.clip((x + 0.5 - x1) / (x2 - x1) * 28 - 0.5 + 3, 0, 32)
         corner = padded[int(i) : int(i) + 2, int(j) : int(j) + 2]
         expected[y, x] = np.array([1 - i % 1, i % 1]) @ corner @ np.array([1 - j % 1, j % 1])
-    pasted = paste_mask(mask.astype(np.float32), np.array(box), 40, 60)
-    assert (pasted.dtype, pasted.shape) == (np.uint8, (40, 60))
+    pasted = paste_mask(mask, np.array(box), (40, 60), rounded=False)
+    assert (pasted.dtype, pasted.shape) == (bool, (40, 60))
     clear = abs(expected - 0.5) > 1e-6
     np.testing.assert_array_equal(pasted[clear], (expected > 0.5)[clear])
 
@@ -103,7 +103,7 @@ def test_pasting_undoes_rasterizing(kind):
     segmentation = polygon(kind, 20.0, 30.0, 100.0, 80.0)
     mask = rasterize([20, 30, 120, 110], segmentation, 112)
     soft = mask.reshape(28, 4, 28, 4).mean(axis=(1, 3))
-    pasted = encode_rle(paste_mask(soft, np.array([20, 30, 120, 110]), 160, 150))
+    pasted = encode_rle(paste_mask(soft, np.array([20, 30, 120, 110]), (160, 150), rounded=False))
     expected = encode_rle(oracle(segmentation, 160, 150))
     assert coco_mask.iou([pasted], [expected], [0]).item() > 0.95
     assert int(coco_mask.area(pasted)) == pytest.approx(int(coco_mask.area(expected)), rel=0.02)
@@ -148,7 +148,9 @@ def test_boxes_and_masks_stay_with_the_objects_of_the_image(kind, shape):
         np.testing.assert_array_equal(found["labels"], [kind, 0])
         assert not found["boxes"][1].any()
         assert not found["masks"][1].any()
-        pasted = paste_mask(found["masks"][0], found["boxes"][0], *found["image"].shape[:2])
+        pasted = paste_mask(
+            found["masks"][0], found["boxes"][0], found["image"].shape[:2], rounded=False
+        )
         painted = found["image"][..., 0] > 127
         assert (pasted & painted).sum() / (pasted | painted).sum() > 0.93
         sides.add(bool(found["boxes"][0, 0] > w / 2 - 40))

@@ -31,7 +31,7 @@ from wsbcn_flax.data._normalization import (
     Normalize,
     channel_statistics,
 )
-from wsbcn_flax.data._object_masks import RasterizeMasks, decode_rle, encode_rle, paste_mask
+from wsbcn_flax.data._object_masks import RasterizeMasks, decode_rle, encode_rle
 from wsbcn_flax.data._objects import (
     CAFFE_BGR_STATISTICS,
     DecodeAnnotatedImage,
@@ -80,7 +80,6 @@ __all__ = [
     "eval_batches",
     "load_coco",
     "load_split",
-    "paste_mask",
     "split_by_bucket",
     "train_batches",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from wsbcn_flax._extras import require
 from wsbcn_flax.data._coco_file import label_of_category, read_coco_file
-from wsbcn_flax.data._object_masks import encode_rle, paste_mask
+from wsbcn_flax.data._object_masks import encode_rle
 
 Backend = Literal["pycocotools", "faster_coco_eval"]
 _OUTPUTS = ("id", "image_hw", "boxes", "scores", "labels", "valid", "masks")
@@ -35,7 +35,7 @@ class CocoEvaluator:
     - "mask" ``[B]``, if the batch has one: 0 for the filling of the last batch.
 
     Other entries, such as means of losses, are ignored. Boxes are scaled to the original image,
-    and masks are pasted there by `paste_mask`. Metrics are
+    and masks are pasted there at the centres of pixels. Metrics are
     fractions: ``box_AP`` over IoU 0.5 to 0.95, ``box_AP50``, ``box_AP75``, ``box_AP_small``,
     ``box_AP_medium``, ``box_AP_large``, ``box_AR`` with 100 detections, and those of masks. A
     metric of a size that no object has is left out. Source: https://cocodataset.org/#detection-eval
@@ -158,8 +158,8 @@ class CocoEvaluator:
                 "score": float(outputs["scores"][slot]),
             }
             if "masks" in outputs:
-                pixels = paste_mask(outputs["masks"][slot], box, height, width)
-                found["segmentation"] = encode_rle(pixels)
+                mask = outputs["masks"][slot]
+                found["segmentation"] = encode_rle(_paste(mask, box, (height, width)))
             self._results.append(found)
 
     def _score(self, kind: str, name: str, *, without: str) -> dict[str, float]:
@@ -177,6 +177,12 @@ class CocoEvaluator:
         evaluation.summarize()
         stats = {f"{name}_{key}": float(evaluation.stats[i]) for i, key in _METRICS.items()}
         return {key: value for key, value in stats.items() if value >= 0}  # -1: no such object
+
+
+def _paste(mask: np.ndarray, box: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
+    from wsbcn_flax.ops.detection import paste_mask  # It imports JAX, which data else does not.
+
+    return paste_mask(mask, box, image_hw, rounded=False)
 
 
 def _nothing_found(truth: Any, empty: Any) -> Any:

@@ -1,7 +1,6 @@
 """Masks of objects: from segmentations to the frames of boxes, and back into an image."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,39 +93,3 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     coco_mask = require("pycocotools.mask", extra="coco")
     is_list = isinstance(rle["counts"], list)
     return coco_mask.decode(coco_mask.frPyObjects(rle, *rle["size"]) if is_list else rle)
-
-
-def paste_mask(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns the pixels of an image that a detected mask covers, uint8 ``[height, width]``.
-
-    The mask, with zeros around it, is interpolated bilinearly at the centres of the pixels, and
-    covers those where it is above 1/2. The published detectors first round the box to whole
-    pixels, which shifts the edges by up to one; this is detectron2's correction of it.
-
-    Args:
-        mask: Probabilities in the frame of the box, float ``[M, M]``.
-        box: Corners ``x1, y1, x2, y2`` in pixels.
-        height: Height of the image.
-        width: Width of the image.
-
-    Example:
-        >>> import numpy as np
-        >>> paste_mask(np.ones((2, 2)), np.array([1, 0, 3, 2]), height=2, width=4).tolist()
-        [[0, 1, 1, 0], [0, 1, 1, 0]]
-    """
-    x1, y1, x2, y2 = box
-    columns, across = _interpolation(x1, x2, cells=mask.shape[1], pixels=width)
-    rows, down = _interpolation(y1, y2, cells=mask.shape[0], pixels=height)
-    image = np.zeros((height, width), np.uint8)
-    image[rows, columns] = down @ mask @ across.T > 0.5
-    return image
-
-
-def _interpolation(low: float, high: float, *, cells: int, pixels: int) -> tuple[slice, np.ndarray]:
-    """Returns the pixels that a box reaches, and the weights of its cells in each of them."""
-    cell = max(high - low, 1e-6) / cells
-    start, stop = math.floor(low - cell), math.ceil(high + cell)
-    reached = range(pixels)[max(start, 0) : max(stop, 0)]
-    centres = (np.array(reached, np.float64) + 0.5 - low) / cell - 0.5
-    weights = np.maximum(0, 1 - abs(centres[:, np.newaxis] - np.arange(cells)))
-    return slice(reached.start, reached.stop), weights
