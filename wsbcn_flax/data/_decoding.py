@@ -11,6 +11,7 @@ import numpy as np
 from wsbcn_flax._extras import require
 from wsbcn_flax.data._sources import file_name
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PIXELS = 2**26  # Pixels of an image; larger ones are refused before they are decoded.
 
 
@@ -56,12 +57,15 @@ class DecodeImage:
         elif not self.upright:
             flags |= cv2.IMREAD_IGNORE_ORIENTATION
         try:
-            # OpenCV asserts that there are bytes, and returns None for what it cannot decode.
+            # OpenCV has its own limit, read from the environment when it was first imported.
+            if _png_pixels(content) > MOST_PIXELS:
+                raise cv2.error("too many pixels")
+            # It asserts that there are bytes, and returns None for what it cannot decode.
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
         except cv2.error as error:
             raise ValueError(
                 f"{file_name(element, 'the image')} must have at most {MOST_PIXELS:,} pixels and "
-                f"decode, received {len(content)} bytes ({error.err}); make it smaller"
+                f"decode, received {len(content)} bytes ({error}); make it smaller"
             ) from error
         if pixels is None:
             raise ValueError(
@@ -109,11 +113,18 @@ class CentralCrop:
         return {**element, "image": resized[top : top + size, left : left + size]}
 
 
+def _png_pixels(content: bytes) -> int:
+    """The number of pixels that the header of a PNG announces; 0 for another file."""
+    width, height = content[16:20], content[20:24]
+    return int.from_bytes(width) * int.from_bytes(height) if content[:8] == _PNG else 0
+
+
 def _has_transparency(content: bytes) -> bool:
     """Whether a PNG has an alpha channel or transparent colors."""
-    is_png = content[:8] == b"\x89PNG\r\n\x1a\n"
     # The header's byte 25 is the kind of color; a chunk of transparency comes before the pixels.
-    return is_png and (content[25:26] in (b"\x04", b"\x06") or b"tRNS" in content[:4096])
+    return content[:8] == _PNG and (
+        content[25:26] in (b"\x04", b"\x06") or b"tRNS" in content[:4096]
+    )
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
