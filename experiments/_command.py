@@ -73,7 +73,7 @@ def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
 
 def _keep_compiled_programs() -> None:
     """Sets JAX's persistent compilation cache, unless the user has one."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = default_data_dir().parent / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
