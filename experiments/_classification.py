@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.training.dynamic_scale import DynamicScale
 
 from experiments._image_data import ImageData, ImageFacts, published_facts
 from experiments._models import make_model, make_transform
 from experiments._recipe import DataConfig, ModelConfig, Recipe, from_json
 from wsbcn_flax.data import DecodeImage
 from wsbcn_flax.data._decoding import resize
-from wsbcn_flax.tasks import Classification, Ema
+from wsbcn_flax.tasks import Classification
 from wsbcn_flax.training import Experiment, Partition
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # Of red, green and blue, as ITU-R BT.601 has it.
@@ -62,22 +62,10 @@ class ClassificationRecipe(Recipe):
         axis_name = Partition(mode=self.batch.mode).axis_name
         model = make_model(self, num_classes=len(facts.class_names), axis_name=axis_name)
         task = Classification(model=model, label_smoothing=self.label_smoothing)
-        transform = make_transform(self.weight, model=model, image_shape=facts.image_shape)
-        steps_per_epoch = max(1, facts.train_size // self.batch.size)
-        schedule = self.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=self.epochs)
-        dtype = jnp.dtype(self.model.dtype)
-        return Experiment(
-            task=task if self.ema is None else Ema(task=task, decay=self.ema),
-            data=data,
-            optimizer=self.optim.make(schedule),
-            steps=round(self.epochs * steps_per_epoch),
-            batch=self.batch,
-            transform=transform,
-            # Only where kernels are computed is there anything to gain by writing them down.
-            kernel_dtype=None if transform is None else dtype,
-            loss_scale=DynamicScale() if dtype == jnp.float16 else None,
-            seed=self.seed,
-        )
+        # The convolutions are the same with any normalization and dtype; this is quick to trace.
+        quick = model.clone(norm=nn.LayerNorm, dtype=None)
+        transform = make_transform(self.weight, model=quick, image_shape=facts.image_shape)
+        return self.assemble(task, data, train_size=facts.train_size, transform=transform)
 
     def predict_fn(
         self, data: ImageData, variables: Mapping[str, Any]

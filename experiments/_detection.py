@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._detection_data import CocoConfig, DetectionData
-from experiments._models import make_norm, rematerialized
+from experiments._models import make_norm, make_transform, rematerialized
 from experiments._recipe import Dtype, Recipe
-from wsbcn_flax import WeightStandardization, models
+from wsbcn_flax import models
 from wsbcn_flax.data import DecodeImage, PadImage
 from wsbcn_flax.data._decoding import resize
 from wsbcn_flax.models.detection import MaskRCNN
 from wsbcn_flax.ops.detection import AUTHORS, TORCHVISION, BoxConvention
-from wsbcn_flax.tasks import Detection, Ema
-from wsbcn_flax.training import Experiment
-from wsbcn_flax.transforms import normalized_convolutions
+from wsbcn_flax.tasks import Detection
+from wsbcn_flax.training import Experiment, Partition
 
 CONVENTIONS: dict[str, BoxConvention] = {
     "authors": AUTHORS,
@@ -130,27 +129,26 @@ class DetectionRecipe(Recipe):
         Without data it can be compiled and counted, by the published sizes of the dataset.
         """
         data = data or self.data_of_run(COCO_FACTS[self.data.name])
-        task = self.task(data)
-        evaluator = functools.partial(data.evaluator, pixel=task.convention.pixel)
-        steps_per_epoch = max(1, data.facts()["train_size"] // self.batch.size)
-        schedule = self.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=self.epochs)
-        transform = self._transform(task.model)
-        return Experiment(
-            task=task if self.ema is None else Ema(task=task, decay=self.ema),
-            data=data,
-            optimizer=self.optim.make(schedule),
-            steps=round(self.epochs * steps_per_epoch),
-            batch=self.batch,
-            transform=transform,
-            kernel_dtype=None if transform is None else jnp.dtype(self.model.dtype),
-            evaluators=(evaluator,),
-            seed=self.seed,
+        task = self.task(data, axis_name=Partition(mode=self.batch.mode).axis_name)
+        # A stop of the gradient hides the convolutions before it.
+        whole = task.model.clone(backbone=task.model.backbone.clone(frozen_stages=0))
+        return self.assemble(
+            task,
+            data,
+            train_size=data.facts()["train_size"],
+            transform=make_transform(self.weight, model=whole, image_shape=(64, 64, 3)),
+            evaluators=(functools.partial(data.evaluator, pixel=task.convention.pixel),),
         )
 
-    def task(self, data: DetectionData) -> Detection:
-        """Returns the detector of the classes in ``data`` with its losses."""
+    def task(self, data: DetectionData, *, axis_name: str | None = None) -> Detection:
+        """Returns the detector of the classes in ``data`` with its losses.
+
+        Args:
+            data: Dataset.
+            axis_name: Device axis that synced statistics are averaged over.
+        """
         config = self.model
-        norm, dtype = make_norm(self.norm), jnp.dtype(config.dtype)
+        norm, dtype = make_norm(self.norm, axis_name=axis_name), jnp.dtype(config.dtype)
         block = config.backbone.keywords["block"]
         backbone = config.backbone(
             num_classes=None,
@@ -177,15 +175,6 @@ class DetectionRecipe(Recipe):
             proposals=config.proposals,
             seed=self.seed,
         )
-
-    def _transform(self, model: MaskRCNN) -> WeightStandardization | None:
-        if self.weight.kind == "none":
-            return None
-        images = jnp.zeros((1, 64, 64, 3))
-        # A stop of the gradient hides what comes before it.
-        whole = model.clone(backbone=model.backbone.clone(frozen_stages=0))
-        where = normalized_convolutions(whole, images, train=False)
-        return WeightStandardization(preset=self.weight.convention, where=where)
 
     def predict_fn(
         self, data: DetectionData, variables: Mapping[str, Any]
@@ -224,11 +213,13 @@ class DetectionRecipe(Recipe):
             FileNotFoundError: If there is no such file.
             ValueError: If it is no image.
         """
-        example = DecodeImage().map({"image": path.read_bytes(), "file_name": str(path)})
-        height, width = example["image"].shape[:2]
-        h, w = data.resize.size(height, width)
+        return self.prepare(read_image(path), data)
+
+    def prepare(self, image: np.ndarray, data: DetectionData) -> dict[str, np.ndarray]:
+        """Resizes an image to fit the first bucket and pads it, with its size inside."""
+        h, w = data.resize.size(*image.shape[:2])
         ratio = min(1, self.data.buckets[0][0] / h, self.data.buckets[0][1] / w)
-        image = resize(example["image"], max(1, int(h * ratio)), max(1, int(w * ratio)))
+        image = resize(image, max(1, int(h * ratio)), max(1, int(w * ratio)))
         padded = PadImage(buckets=self.data.buckets[:1]).map({"image": image})
         return {"image": padded["image"], "image_hw": padded["image_hw"]}
 
@@ -246,6 +237,11 @@ class DetectionRecipe(Recipe):
             }
             for slot in np.flatnonzero(output["valid"])[:top]
         ]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image file, uint8 [H, W, 3]."""
+    return DecodeImage().map({"image": path.read_bytes(), "file_name": str(path)})["image"]
 
 
 def _published_facts(classes: int, train_size: int) -> dict[str, Any]:

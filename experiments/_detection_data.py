@@ -210,9 +210,9 @@ class DetectionData:
             **hosts,
         )
 
-    def evaluator(self, *, pixel: int, results: Path | None = None) -> CocoEvaluator:
+    def evaluator(self, *, pixel: int) -> CocoEvaluator:
         """Returns an evaluator of detections; ``pixel`` as in the detector's convention."""
-        return CocoEvaluator(self._eval_files[0], results=results, pixel=pixel)
+        return CocoEvaluator(self._eval_files[0], pixel=pixel)
 
     @property
     def resize(self) -> ResizeShorter:

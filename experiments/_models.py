@@ -75,12 +75,12 @@ def make_transform(
 ) -> WeightStandardization | None:
     """Makes the parameter transform that a configuration names, for kernels of a network.
 
-    The network is traced on images [1, H, W, C] to find those that a normalization follows.
+    The network is traced on images [1, H, W, C] to find those that a normalization follows. Any
+    with the same convolutions will do.
     """
     if config.kind == "none":
         return None
-    # The convolutions are the same with any normalization and dtype; LayerNorm is quick to trace.
-    where = _convolutions(model.clone(norm=nn.LayerNorm, dtype=None), (1, *image_shape))
+    where = _convolutions(model, (1, *image_shape))
     return WeightStandardization(preset=config.convention, where=where)
 
 

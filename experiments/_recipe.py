@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
+from flax.training.dynamic_scale import DynamicScale
+
+from wsbcn_flax.tasks import Ema, Task
 from wsbcn_flax.training import BatchConfig, Data, Experiment, OptimizerConfig
 
 Norm = Literal["bn", "gn", "ln", "in", "bcn"]
@@ -162,6 +166,41 @@ class Recipe(abc.ABC):
 
         Without data it can be compiled and counted, by the published sizes of the dataset.
         """
+
+    def assemble(
+        self,
+        task: Task,
+        data: Data,
+        *,
+        train_size: int,
+        transform: Callable[[Any], Any] | None,
+        **options: Any,
+    ) -> Experiment:
+        """Returns the experiment of a task, from the fields that all recipes have.
+
+        Args:
+            task: Task, without an average of its parameters.
+            data: Dataset.
+            train_size: Number of training samples, which gives an epoch its length.
+            transform: Transform of parameters; None for the identity.
+            **options: Other fields of ``Experiment``.
+        """
+        steps_per_epoch = max(1, train_size // self.batch.size)
+        schedule = self.optim.make_schedule(steps_per_epoch=steps_per_epoch, epochs=self.epochs)
+        dtype = jnp.dtype(self.model.dtype)
+        return Experiment(
+            task=task if self.ema is None else Ema(task=task, decay=self.ema),
+            data=data,
+            optimizer=self.optim.make(schedule),
+            steps=round(self.epochs * steps_per_epoch),
+            batch=self.batch,
+            transform=transform,
+            # Only where kernels are computed is there anything to gain by writing them down.
+            kernel_dtype=None if transform is None else dtype,
+            loss_scale=DynamicScale() if dtype == jnp.float16 else None,
+            seed=self.seed,
+            **options,
+        )
 
     @abc.abstractmethod
     def predict_fn(self, data: Any, variables: Mapping[str, Any]) -> Callable[[Any], Any]:

@@ -11,11 +11,11 @@ import rich
 import tyro
 
 from experiments._command import make_main
-from experiments._detection import DetectionRecipe
+from experiments._detection import DetectionRecipe, read_image
 from experiments._model_file import TrainedModel, load_model
 from experiments._object_figures import AnnotatedImage, draw_annotated_images
 from experiments._tables import check_writable, table
-from wsbcn_flax.data import DecodeImage, decode_rle, encode_rle
+from wsbcn_flax.data import decode_rle, encode_rle
 from wsbcn_flax.ops.detection import paste_mask
 from wsbcn_flax.training.progress import Progress
 from wsbcn_flax.training.writers import write_json
@@ -44,13 +44,7 @@ def detect(
             f"and --threshold {threshold}."
         )
     check_writable(json)
-    trained = load_model(model)
-    if not isinstance(trained.recipe, DetectionRecipe):
-        raise ValueError(
-            f"{model} must be a detector, received a model of another task; for classes run "
-            "python -m experiments.predict."
-        )
-    found = detect_files(trained, files, threshold=threshold)
+    found = detect_files(load_model(model), files, threshold=threshold)
     rows = [
         {"file": Path(each["file_name"]).name, "class": each["category"]}
         | {"score": f"{each['score']:.3f}", "box": " ".join(f"{x:.1f}" for x in each["bbox"])}
@@ -75,20 +69,28 @@ def detect_files(
 
     Each has the name of its file as ``file_name`` and of its class as ``category``. Boxes and masks
     are in pixels of the file's own image.
+
+    Raises:
+        ValueError: For a model of another task.
     """
-    predict, data = jax.jit(model.predict_fn()), model.data
-    names: list[str] = data.facts()["class_names"]
+    recipe = model.recipe
+    if not isinstance(recipe, DetectionRecipe):
+        raise ValueError(
+            "The model must be a detector, received one of another task; for classes run "
+            "python -m experiments.predict."
+        )
+    predict, data = jax.jit(model.predict_fn()), recipe.data_of_run(model.facts)
     found = []
     with Progress("detect", total=len(files)) as progress:
         for number, path in enumerate(files, start=1):
-            raw = model.recipe.read_input(path, data)
-            outputs = jax.device_get(predict(jax.tree.map(lambda x: x[None], raw)))
-            size = _read(path).shape[:2]
+            image = read_image(path)
+            raw = jax.tree.map(lambda x: x[None], recipe.prepare(image, data))
+            outputs = jax.device_get(predict(raw))
             found += _of_one_file(
                 {name: x[0] for name, x in outputs.items()},
-                size,
+                image.shape[:2],
                 file_name=str(path),
-                names=names,
+                names=data.class_names,
                 threshold=threshold,
             )
             progress.update(number)
@@ -123,10 +125,6 @@ def _of_one_file(
     return found
 
 
-def _read(path: Path) -> np.ndarray:
-    return DecodeImage().map({"image": path.read_bytes(), "file_name": str(path)})["image"]
-
-
 def _draw(files: tuple[Path, ...], found: list[dict[str, Any]], path: Path) -> None:
     annotated = []
     for file in files:
@@ -135,7 +133,7 @@ def _draw(files: tuple[Path, ...], found: list[dict[str, Any]], path: Path) -> N
         masks = [decode_rle(each["segmentation"]) for each in own if "segmentation" in each]
         annotated.append(
             AnnotatedImage(
-                image=_read(file),
+                image=read_image(file),
                 boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=-1),
                 masks=np.stack(masks) if masks else None,
                 labels=np.array([each["category_id"] for each in own], int),

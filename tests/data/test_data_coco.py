@@ -1,4 +1,4 @@
-"""What an annotation file in COCO's format becomes, and what is said of a bad one."""
+"""Annotation files in COCO's format, good ones and bad ones."""
 
 import copy
 import json

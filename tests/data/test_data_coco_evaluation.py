@@ -1,4 +1,4 @@
-"""COCO's metrics: of the truth, of worse detections, and as pycocotools computes them."""
+"""COCO's metrics of the truth and of worse detections, against pycocotools."""
 
 import contextlib
 import copy

@@ -15,7 +15,7 @@ SOURCES = {"mnist5k": (read_mnist5k, 4000, 1000), "digits": (read_digits, 1437, 
 
 
 def examples(images: np.ndarray, labels: np.ndarray) -> Counter[tuple[bytes, int]]:
-    """What a split holds, whatever its order."""
+    """Returns the content of a split in an order of its own."""
     return Counter(
         (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
     )

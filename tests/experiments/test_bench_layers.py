@@ -1,4 +1,4 @@
-"""What is timed of layers and kernels are equal computations, compared within a round."""
+"""Layers and kernels are timed on equal computations, and compared within a round."""
 
 import itertools
 import json
