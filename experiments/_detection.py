@@ -60,6 +60,9 @@ class DetectorConfig:
         anchors: Number of anchors sampled in an image.
         regions: Number of regions sampled in an image.
         proposals: Number of proposals of an image in training and in evaluation.
+        weights: Network of the backbone, trained on classification, to start from: a run's folder,
+            a file that `experiments.convert` wrote, or a checkpoint of PyTorch's. None starts at
+            random.
         dtype: Computation dtype; parameters, statistics, boxes and scores are float32.
         remat: Whether residual blocks are computed again in the backward pass.
     """
@@ -74,6 +77,7 @@ class DetectorConfig:
     anchors: int = 256
     regions: int = 512
     proposals: tuple[int, int] = (2000, 1000)
+    weights: str | None = None
     dtype: Dtype = "float32"
     remat: bool = False
 
@@ -118,6 +122,29 @@ class DetectionRecipe(Recipe):
         data = DetectionData(self.data, self.model.with_mask)
         _ = data.train_source, data.eval_source  # What can fail fails before the first step.
         return data
+
+    def trained_variables(self) -> Mapping[str, Any]:
+        """Returns the variables of the backbone's trained network, without its classifier.
+
+        Raises:
+            FileNotFoundError: If ``model.weights`` is neither a file nor a run.
+            ValueError: For weights that are none, or of images that are normalized otherwise.
+        """
+        if self.model.weights is None:
+            return {}
+        if self.data.caffe:
+            raise ValueError(
+                "Classification networks take red, green and blue, normalized as ImageNet's, and "
+                "data.caffe gives the detector blue, green and red from 0 to 255; with "
+                "--model.weights use --data.no-caffe."
+            )
+        from experiments.convert import load_weights  # It imports the recipes.
+
+        trained = load_weights(Path(self.model.weights).expanduser())
+        return {
+            kind: {"backbone": {name: leaf for name, leaf in leaves.items() if name != "head"}}
+            for kind, leaves in trained.items()
+        }
 
     def data_of_run(self, facts: Mapping[str, Any]) -> DetectionData:
         """Returns the data of a run that kept these facts; indexes only what is asked for."""
@@ -246,7 +273,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def _published_facts(classes: int, train_size: int) -> dict[str, Any]:
     names = ["background", *map(str, range(1, classes + 1))]
-    return {"train_size": train_size, "class_names": names}
+    return {"train_size": train_size, "class_names": names, "category_ids": list(range(len(names)))}
 
 
 # Of COCO 2017 117,266 training images have an object.

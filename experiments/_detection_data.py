@@ -30,6 +30,7 @@ from wsbcn_flax.data import (
     load_coco,
     split_by_bucket,
 )
+from wsbcn_flax.training.processes import is_first_process
 
 MASK_SIZE = 112  # Side of the masks in a batch, each over its object's box.
 # Folder of a split's images and its annotation file, in the folder of the dataset.
@@ -59,6 +60,7 @@ class CocoConfig:
             authors' detectors do, in the place of ImageNet's normalized red, green and blue.
         threads: Number of threads that decode images.
         data_dir: Folder of datasets; a folder in the user's cache if None.
+        results: File that each evaluation writes its detections to, in COCO's format for results.
     """
 
     name: str
@@ -75,6 +77,7 @@ class CocoConfig:
     caffe: bool = False
     threads: int = 16
     data_dir: str | None = None
+    results: str | None = None
 
     def __post_init__(self):
         if not self.buckets or any(side % 32 for bucket in self.buckets for side in bucket):
@@ -137,16 +140,25 @@ class DetectionData:
         return config.paths(config.eval_split, config.eval_annotations, config.eval_images)
 
     def facts(self) -> dict[str, Any]:
-        """Returns the number of training images and the names of the classes."""
+        """Returns the number of training images, the names of the classes and their ids."""
         if self.known is not None:
             return dict(self.known)
         source = self.train_source
-        return {"train_size": len(source), "class_names": list(source.class_names)}
+        return {
+            "train_size": len(source),
+            "class_names": list(source.class_names),
+            "category_ids": list(source.category_ids),
+        }
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes by label; the first is the background."""
         return self.facts()["class_names"]
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Ids of the classes in the annotation file, by label."""
+        return self.facts()["category_ids"]
 
     @property
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -212,7 +224,8 @@ class DetectionData:
 
     def evaluator(self, *, pixel: int) -> CocoEvaluator:
         """Returns an evaluator of detections; ``pixel`` as in the detector's convention."""
-        return CocoEvaluator(self._eval_files[0], pixel=pixel)
+        results = self.config.results if is_first_process() else None
+        return CocoEvaluator(self._eval_files[0], pixel=pixel, results=results)
 
     @property
     def resize(self) -> ResizeShorter:

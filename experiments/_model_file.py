@@ -74,7 +74,7 @@ class TrainedModel:
     def save(self, path: Path) -> None:
         """Writes one safetensors file; its metadata hold everything but the arrays."""
         arrays = traverse_util.flatten_dict(self.variables, sep="/")
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         fields = {"recipe": recipe_to_dict(self.recipe), "facts": self.facts}
         fields |= {"crc32": _checksum(arrays, fields)}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -167,6 +167,10 @@ class Recipe(abc.ABC):
         Without data it can be compiled and counted, by the published sizes of the dataset.
         """
 
+    def trained_variables(self) -> Mapping[str, Any]:
+        """Returns variables that training starts from; what is not in them starts at random."""
+        return {}
+
     def assemble(
         self,
         task: Task,

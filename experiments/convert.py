@@ -10,7 +10,7 @@ import importlib.resources
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -68,9 +68,7 @@ class Authors(_Conversion):
     def load(self) -> TrainedModel:
         """Loads the checkpoint with the recipe that trains its architecture."""
         state_dict = read_state_dict(self.source)
-        stem = self.source.name.split(".")[0]
-        known = stem if stem in checkpoint_names() else None
-        name = self.name or known or guess_checkpoint_name(state_dict)
+        name = self.name or _name_of(self.source, state_dict)
         file = self.class_names
         if file is None:
             package = require("tensorflow_datasets", extra="train")
@@ -142,6 +140,20 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     if not arrays:
         raise ValueError(f"{path} must hold a state dict of tensors; it holds {type(content)}.")
     return arrays
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """Returns the variables of a run, of a converted file or of a PyTorch checkpoint."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return load_model(path).variables
+    state_dict = read_state_dict(path)
+    return import_checkpoint(state_dict, _name_of(path, state_dict))
+
+
+def _name_of(path: Path, state_dict: Mapping[str, np.ndarray]) -> str:
+    """The architecture that a file is named after, or else that its keys belong to."""
+    stem = path.name.split(".")[0]
+    return stem if stem in checkpoint_names() else guess_checkpoint_name(state_dict)
 
 
 def serialize(model: TrainedModel) -> bytes:

@@ -12,6 +12,7 @@ import tyro
 
 from experiments._command import make_main
 from experiments._detection import DetectionRecipe, read_image
+from experiments._detection_data import DetectionData
 from experiments._model_file import TrainedModel, load_model
 from experiments._object_figures import AnnotatedImage, draw_annotated_images
 from experiments._tables import check_writable, table
@@ -90,7 +91,7 @@ def detect_files(
                 {name: x[0] for name, x in outputs.items()},
                 image.shape[:2],
                 file_name=str(path),
-                names=data.class_names,
+                data=data,
                 threshold=threshold,
             )
             progress.update(number)
@@ -102,7 +103,7 @@ def _of_one_file(
     size: tuple[int, int],
     *,
     file_name: str,
-    names: list[str],
+    data: DetectionData,
     threshold: float,
 ) -> list[dict[str, Any]]:
     height, width = size
@@ -112,8 +113,8 @@ def _of_one_file(
         box, label = outputs["boxes"][slot] * scale, int(outputs["labels"][slot])
         each = {
             "file_name": file_name,
-            "category_id": label,
-            "category": names[label],
+            "category_id": data.category_ids[label],
+            "category": data.class_names[label],
             "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
             "score": float(outputs["scores"][slot]),
         }

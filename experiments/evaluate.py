@@ -22,6 +22,7 @@ def evaluate(
     data_dir: str | None = None,
     batch_size: int = 64,
     json: Path | None = None,
+    results: str | None = None,
 ) -> None:
     """Evaluates a trained model on a split of its dataset.
 
@@ -31,13 +32,18 @@ def evaluate(
         data_dir: Folder of datasets; that of the model's recipe if None.
         batch_size: Number of samples at once on each device.
         json: File to write the metrics to.
+        results: File to write a detector's detections to, in COCO's format for results.
 
     Raises:
-        ValueError: For data whose classes are not the model's.
+        ValueError: For data whose classes are not the model's, or results asked of another task.
     """
     trained = load_model(model)
-    changes = {"eval_split": split, "data_dir": data_dir}
+    changes = {"eval_split": split, "data_dir": data_dir, "results": results}
     given = {name: value for name, value in changes.items() if value is not None}
+    if results is not None and not hasattr(trained.recipe.data, "results"):
+        raise ValueError(
+            "--results is for detectors, received a model of another task; --json writes metrics."
+        )
     recipe = dataclasses.replace(
         trained.recipe,
         data=dataclasses.replace(trained.recipe.data, **given),

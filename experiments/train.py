@@ -1,5 +1,6 @@
 """Trains a recipe: `python -m experiments.train RECIPE [--a.b VALUE ...]`."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -87,7 +88,9 @@ def train(
         ValueError: If the folder holds a run of another recipe.
     """
     processes.join_processes(cluster=cluster, heartbeat_timeout=heartbeat_timeout)
-    experiment = recipe.experiment(recipe.load_data())
+    experiment = dataclasses.replace(
+        recipe.experiment(recipe.load_data()), trained=recipe.trained_variables()
+    )
     program = experiment.compile()  # Refuses a batch that does not divide, before files are made.
     config = LoopConfig(
         steps=experiment.steps,

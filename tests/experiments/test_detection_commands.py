@@ -1,15 +1,20 @@
 """Detection recipes, and the commands on a small dataset in COCO's format."""
 
+import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
-from coco_files import coco_content, write_coco
+from coco_files import CATEGORIES, coco_content, write_coco
 
-from experiments import detect, predict, train
+from experiments import detect, evaluate, predict, train
+from experiments._image_data import PUBLISHED_FACTS
+from experiments._model_file import TrainedModel
 from experiments.recipes import PUBLISHED, get_recipe
 from wsbcn_flax.models.detection import MaskRCNN
 
+CATEGORY_IDS = [category["id"] for category in CATEGORIES]
 BACKBONES = ("r50", "r101", "x50", "x101")
 ROWS = [f"coco_{kind}_rcnn_{b}_gn_ws" for kind in ("faster", "mask") for b in BACKBONES]
 
@@ -38,6 +43,52 @@ def test_the_published_detector_has_the_authors_size():
     assert len(standardized) == 69
     assert not [path for path in standardized if path.startswith("rpn")]
     assert isinstance(experiment.task.model, MaskRCNN)
+
+
+@pytest.fixture(scope="module")
+def imagenet_weights(tmp_path_factory):
+    """A converted ImageNet network whose arrays all hold ones."""
+    recipe = get_recipe("imagenet_resnet50_bcn_ws")
+    state = jax.eval_shape(lambda: recipe.experiment().init(0))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    model = TrainedModel(
+        recipe=recipe,
+        facts=dataclasses.asdict(PUBLISHED_FACTS["imagenet"]),
+        variables=jax.tree.map(lambda x: np.ones(x.shape, x.dtype), variables),
+    )
+    path = tmp_path_factory.mktemp("weights") / "r50.safetensors"
+    model.save(path)
+    return path
+
+
+def _with_weights(name, path, *, caffe=False):
+    recipe = get_recipe(name)
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, caffe=caffe),
+        model=dataclasses.replace(recipe.model, weights=str(path)),
+    )
+
+
+def test_a_backbone_starts_from_imagenet_weights(imagenet_weights):
+    recipe = _with_weights("coco_mask_rcnn_r50_bcn_ws", imagenet_weights)
+    trained = recipe.trained_variables()
+    state = jax.eval_shape(recipe.experiment().init, 0, trained)
+    for kind in ("params", "batch_stats"):
+        own = getattr(state, kind)["backbone"]
+        assert jax.tree.structure(trained[kind]["backbone"]) == jax.tree.structure(own)
+
+
+def test_weights_that_do_not_fit_are_refused(imagenet_weights):
+    other = _with_weights("coco_mask_rcnn_r50_gn_ws", imagenet_weights)
+    with pytest.raises(ValueError, match="of another architecture or normalization"):
+        jax.eval_shape(other.experiment().init, 0, other.trained_variables())
+    caffe = _with_weights("coco_mask_rcnn_r50_bcn_ws", imagenet_weights, caffe=True)
+    with pytest.raises(ValueError, match=r"use --data\.no-caffe"):
+        caffe.trained_variables()
+    missing = _with_weights("coco_mask_rcnn_r50_bcn_ws", imagenet_weights.parent / "no.safetensors")
+    with pytest.raises(FileNotFoundError, match="neither a converted file nor a run"):
+        missing.trained_variables()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +126,8 @@ def test_a_run_is_trained_and_scored(run):
     result = json.loads((run / "result.json").read_text())
     assert {"eval_box_AP", "eval_mask_AP"} <= set(result)
     facts = json.loads((run / "data.json").read_text())
-    assert facts == {"train_size": 4, "class_names": ["background", "square", "triangle", "L"]}
+    assert facts.pop("class_names") == ["background", "square", "triangle", "L"]
+    assert facts == {"train_size": 4, "category_ids": [0, *CATEGORY_IDS]}
 
 
 def test_commands_take_the_run(run, dataset, tmp_path):
@@ -91,8 +143,17 @@ def test_commands_take_the_run(run, dataset, tmp_path):
         assert x + width <= 64.01
         assert y + height <= 48.01
         assert each["segmentation"]["size"] == [48, 64]
-        assert each["category"] in ("square", "triangle", "L")
+        label = ("square", "triangle", "L").index(each["category"])
+        assert each["category_id"] == CATEGORY_IDS[label]
     assert predict.main([str(run), str(image), "--top", "2"]) == 0
+
+
+def test_results_are_written_in_coco_format(run, tmp_path):
+    file = tmp_path / "results.json"
+    assert evaluate.main([str(run), "--results", str(file), "--batch-size", "1"]) == 0
+    for each in json.loads(file.read_text()):
+        assert set(each) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+        assert each["category_id"] in CATEGORY_IDS
 
 
 def test_a_missing_dataset_says_how_to_get_it(tmp_path, capsys):

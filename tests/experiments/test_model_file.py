@@ -1,7 +1,9 @@
 """A trained model goes out in one file, and comes back, is evaluated and predicts the same."""
 
+import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -64,8 +66,20 @@ def test_a_file_holds_the_model(run, model, fold, tmp_path):
     assert (loaded.recipe.weight.kind == "none") is fold
     if not fold:
         assert loaded.recipe == model.recipe
-        jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
+        chex.assert_trees_all_equal_shapes_and_dtypes(loaded.variables, model.variables)
+        chex.assert_trees_all_equal(loaded.variables, model.variables)
     assert loaded.facts["class_names"] == list("0123456789")
+
+
+def test_training_starts_from_trained_variables(model):
+    name, *others = model.variables["params"]
+    trained = {"params": {name: model.variables["params"][name]}}
+    state = dataclasses.replace(model.experiment, trained=trained).compile().init(3)
+    own = model.experiment.compile().init(3)
+    chex.assert_trees_all_equal(state.params[name], trained["params"][name])
+    chex.assert_trees_all_equal(*[[x.params[other] for other in others] for x in (state, own)])
+    with pytest.raises(ValueError, match="received 1 of 1 that differ, such as params/none"):
+        model.experiment.init(3, {"params": {"none": np.ones(2)}})
 
 
 def test_a_serialized_program_needs_nothing_of_this_package(run, model, tmp_path):

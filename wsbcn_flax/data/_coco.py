@@ -45,6 +45,7 @@ class CocoSource:
         folder: Folder of the image files.
         images: Images, in the order of the annotation file.
         class_names: Names by label; 0 is the background.
+        category_ids: Ids in the annotation file by label; the background's is 0.
         name: Name of the dataset, for messages and logs.
         skipped: Number of entries of each kind that the annotation file has and this source lacks.
     """
@@ -52,6 +53,7 @@ class CocoSource:
     folder: Path
     images: Sequence[CocoImage]
     class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
     name: str
     skipped: Mapping[str, int]
 
@@ -144,6 +146,7 @@ def load_coco(
         folder=folder,
         images=tuple(kept),
         class_names=("background", *(str(names[label]) for label in sorted(names))),
+        category_ids=(0, *labels),
         name=annotations.stem,
         skipped=dict(skipped),
     )

@@ -172,6 +172,7 @@ class Experiment:
         loss_scale: Flax's dynamic scale for float16; None for no scaling.
         evaluators: Makers of the evaluators.
         seed: Seed of initialization, order, augmentation and dropout.
+        trained: Variables to start from in place of the task's own, such as a backbone's.
     """
 
     task: Task
@@ -184,9 +185,19 @@ class Experiment:
     loss_scale: DynamicScale | None = None
     evaluators: Sequence[Callable[[], Evaluator]] = (Average,)
     seed: int = 0
+    trained: Mapping[str, Any] | None = None
 
-    def init(self, seed: int) -> TrainState:
-        """Makes the state before the first step; ``jax.eval_shape`` gives its shapes alone."""
+    def init(self, seed: int, trained: Mapping[str, Any] | None = None) -> TrainState:
+        """Makes the state before the first step; ``jax.eval_shape`` gives its shapes alone.
+
+        Args:
+            seed: Seed of the variables.
+            trained: The experiment's ``trained``, or None: an argument, lest a compiled function
+                hold it.
+
+        Raises:
+            ValueError: For trained variables that the task does not have, or of another shape.
+        """
         spec = self.data.element_spec
         batch = {name: jnp.zeros((1, *x.shape), x.dtype) for name, x in spec.items()}
         return init_state(
@@ -196,6 +207,7 @@ class Experiment:
             batch,
             transform=self.transform,
             loss_scale=self.loss_scale,
+            trained=trained,
         )
 
     def compile(self, devices: Sequence[Any] | None = None) -> Program:
@@ -217,7 +229,7 @@ class Experiment:
         init = jax.jit(self.init)
         return Program(
             partition,
-            lambda seed: partition.place_state(init(seed)),
+            lambda seed: partition.place_state(init(seed, self.trained)),
             partition.compile(train),
             partition.compile(
                 make_eval_step(self.task, axis_name=partition.axis_name), donate_state=False

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import struct, traverse_util
 from flax.training.dynamic_scale import DynamicScale
 
 from wsbcn_flax.tasks import Batch, Task
@@ -74,6 +74,7 @@ def init_state(
     *,
     transform: Callable[[Any], Any] | None = None,
     loss_scale: DynamicScale | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Makes the state before a task's first step, its ``extra`` included.
 
@@ -85,11 +86,32 @@ def init_state(
         transform: Transform of the parameters in training; where it learns gains, such as
             ``WeightStandardization("nfnet")``, they are added.
         loss_scale: Flax's dynamic scale for float16; None for no scaling.
+        trained: Variables that take the place of those of the same paths, such as a backbone's.
+
+    Raises:
+        ValueError: For trained variables that the task does not have, or of another shape.
     """
     variables = dict(task.init(key, batch))
     with_gains = getattr(transform, "with_gains", lambda params: params)
     variables["params"] = with_gains(variables["params"])
+    variables = _replaced(variables, trained or {})
     state = TrainState.create(variables, optimizer, loss_scale=loss_scale)
     if hasattr(task, "after_update"):
         state = dataclasses.replace(state, extra=task.after_update(state))
     return state
+
+
+def _replaced(variables: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``variables`` with those that ``trained`` has."""
+    leaves: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+    new: dict[str, Any] = traverse_util.flatten_dict(trained, sep="/")
+    shapes = {name: getattr(leaves.get(name), "shape", "none") for name in new}
+    if wrong := [name for name, leaf in new.items() if leaf.shape != shapes[name]]:
+        raise ValueError(
+            "Trained variables must have the paths and shapes of the model's own, received "
+            f"{len(wrong)} of {len(new)} that differ, such as {wrong[0]} of shape "
+            f"{new[wrong[0]].shape} for {shapes[wrong[0]]}; are they of another architecture or "
+            "normalization?"
+        )
+    given = {name: jnp.asarray(leaf, leaves[name].dtype) for name, leaf in new.items()}
+    return dict(traverse_util.unflatten_dict(leaves | given, sep="/"))
