@@ -1,9 +1,10 @@
-"""Measures what normalizations and input pipelines cost, as ratios taken side by side.
+"""Measures layers, steps, input pipelines and detectors' operations, as ratios taken side by side.
 
     python -m experiments.bench layers --json runs/layers.json --against torch
     python -m experiments.bench ws --json runs/ws.json
     python -m experiments.bench step --json runs/step.json --against torch
     python -m experiments.bench data --json runs/data.json
+    python -m experiments.bench detection --json runs/detection.json --against torch
 
 Every form runs once per round, in an order that changes. A ratio is the median over rounds of two
 times of the same round. A form's spread is the interquartile range of its times over their median:

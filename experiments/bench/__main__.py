@@ -1,4 +1,4 @@
-"""The command `python -m experiments.bench {layers,ws,step,data}`."""
+"""The command `python -m experiments.bench {layers,ws,step,data,detection}`."""
 
 import sys
 
@@ -9,12 +9,19 @@ from experiments._command import run_command
 from experiments._tables import check_writable, machine_facts
 from experiments.bench._timing import Measurement
 from experiments.bench.data import Data
+from experiments.bench.detection import Detection
 from experiments.bench.layers import Layers
 from experiments.bench.step import Step
 from experiments.bench.ws import WeightStandardization
 from wsbcn_flax.training.writers import write_json
 
-_MEASUREMENTS = {"layers": Layers, "ws": WeightStandardization, "step": Step, "data": Data}
+_MEASUREMENTS = {
+    "layers": Layers,
+    "ws": WeightStandardization,
+    "step": Step,
+    "data": Data,
+    "detection": Detection,
+}
 
 
 def main(argv: list[str]) -> int:

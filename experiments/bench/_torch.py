@@ -1,6 +1,6 @@
-"""PyTorch's normalization layers, and its training step of ResNet-50 with GN+WS.
+"""PyTorch's normalization layers, its training step of ResNet-50 with GN+WS, torchvision's RoIs.
 
-Both are measured in both memory formats, NCHW and NHWC.
+Layers and step are measured in both memory formats, NCHW and NHWC.
 """
 # pyright: reportMissingImports=false
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from experiments.bench._timing import Call, Key, Shape, normal_arrays
+from experiments.bench.detection import NMS_THRESHOLD, STRIDE
 
 _FORMATS = {"": torch.contiguous_format, "_nhwc": torch.channels_last}
 _EPSILON = 1e-5
@@ -106,3 +107,29 @@ def _training_call(batch: Mapping[str, np.ndarray], memory_format: Any) -> Call:
         return loss.item()
 
     return step
+
+
+def nms_calls(boxes: np.ndarray, scores: np.ndarray) -> dict[Key, Call]:
+    """Makes the call of torchvision's suppression, which returns the indices that it keeps."""
+    arguments = torch.from_numpy(boxes), torch.from_numpy(scores)
+    call = functools.partial(torchvision.ops.nms, *arguments, NMS_THRESHOLD)
+    return {("torchvision", "forward"): call}
+
+
+def roi_calls(features: np.ndarray, cotangent: np.ndarray, boxes: np.ndarray) -> dict[Key, Call]:
+    """Makes the calls of torchvision's RoIAlign of features [1, H, W, C]."""
+    x, dy = (_to_torch(array, torch.contiguous_format) for array in (features, cotangent))
+    x.requires_grad_()
+    bins, rois = tuple(dy.shape[2:]), [torch.from_numpy(boxes)]
+
+    def pool() -> Any:
+        return torchvision.ops.roi_align(x, rois, bins, 1 / STRIDE, sampling_ratio=2)
+
+    def forward_backward() -> Any:
+        y = pool()
+        return y.detach(), torch.autograd.grad(y, x, dy)
+
+    return {
+        ("torchvision", "forward"): torch.no_grad()(pool),
+        ("torchvision", "forward_backward"): forward_backward,
+    }

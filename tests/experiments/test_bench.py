@@ -14,6 +14,7 @@ from experiments.bench import _timing as timing
 from experiments.bench import ws
 from experiments.bench.__main__ import main
 from experiments.bench.data import data_rows, write_jpegs
+from experiments.bench.detection import Detection
 from experiments.bench.step import Step, step_rows, training_call
 from experiments.recipes import get_recipe
 
@@ -82,7 +83,7 @@ def test_an_error_is_one_line_before_measuring(arguments, message, capsys, monke
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["layers", "ws", "step", "data"])
+@pytest.mark.parametrize("command", ["layers", "ws", "step", "data", "detection"])
 def test_a_file_that_cannot_be_written_fails_before_measuring(
     command, tmp_path, capsys, monkeypatch
 ):
@@ -202,3 +203,21 @@ def test_data_writes_its_rows(tmp_path, data_dir):
 def test_data_refuses_what_the_pipeline_refuses(arguments, message, data_dir, capsys):
     assert main(["data", *arguments, "--in-memory", "digits"]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_detection_writes_its_rows(tmp_path):
+    path = tmp_path / "detection.json"
+    arguments = ["--repeats", "1", "--boxes", "8", "--regions", "4", "--feature-map", "4", "6", "2"]
+    assert main(["detection", *arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [(row["operation"], row["form"], row["pass"]) for row in rows] == [
+        ("nms of 8", "ours", "forward"),
+        *(
+            (f"roi_align to {bins}x{bins}", form, which)
+            for bins in (7, 14)
+            for form in ("gather", "einsum")
+            for which in ("forward", "forward_backward")
+        ),
+    ]
+    with pytest.raises(ValueError, match="must be positive, received"):
+        Detection(regions=0)

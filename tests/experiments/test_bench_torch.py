@@ -4,20 +4,22 @@ import functools
 import importlib
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from experiments.bench import layers, step
+from experiments.bench import detection, layers, step
 from experiments.bench.__main__ import main
-from experiments.bench._timing import load_torch
+from experiments.bench._timing import load_torch, normal_arrays
 from wsbcn_flax import WSConv, standardize
 from wsbcn_flax.models import ResNet50
 from wsbcn_flax.transforms import import_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE, GROUPS = (2, 4, 4, 8), 4
+FEATURES = (1, 12, 16, 4)
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def theirs(torch):
     return load_torch()
 
 
-@pytest.mark.parametrize("command", ["layers", "step"])
+@pytest.mark.parametrize("command", ["layers", "step", "detection"])
 def test_a_missing_torch_is_an_error_that_names_the_extra(command, capsys, monkeypatch):
     importing = importlib.import_module
 
@@ -127,3 +129,19 @@ def test_torchs_step_trains(theirs, small_network, name):
     losses = [calls[name, "step"]() for _ in range(3)]
     assert np.isfinite(losses).all()
     assert losses[2] < losses[0]
+
+
+def test_operations_of_detectors_compute_what_ours_do(theirs):
+    boxes, scores = detection.random_boxes(60, FEATURES[1:])
+    kept = detection.nms_calls(boxes, scores)["ours", "forward"]()
+    order = np.argsort(-scores)
+    expected = theirs.nms_calls(boxes, scores)["torchvision", "forward"]().numpy()
+    np.testing.assert_array_equal(order[np.asarray(kept)[order]], expected)
+    arrays = normal_arrays(FEATURES, (60, 7, 7, 4))
+    calls = theirs.roi_calls(*arrays, boxes)
+    y, (dx,) = calls["torchvision", "forward_backward"]()
+    for (_, which), call in detection.roi_calls(*arrays, boxes).items():
+        received = call()
+        chex.assert_trees_all_close(received[0], y.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+        if which == "forward_backward":
+            chex.assert_trees_all_close(received[1], (dx.numpy().transpose(0, 2, 3, 1),), atol=1e-4)
