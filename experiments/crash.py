@@ -35,6 +35,7 @@ class CrashOptions:
         kills: Number of times that the training is killed.
         epochs: Length of training.
         checkpoint_every: Number of steps between checkpoints.
+        data_dir: Folder of datasets; that of the recipe if None.
         devices: Number of devices that the training simulates on the CPU; those that JAX finds if
             None.
         seed: Seed of the moments.
@@ -44,6 +45,7 @@ class CrashOptions:
     kills: int = 10
     epochs: float = 8.0
     checkpoint_every: int = 10
+    data_dir: str | None = None
     devices: int | None = None
     seed: int = 0
 
@@ -112,6 +114,8 @@ def _start(options: CrashOptions, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.train", options.recipe, "--out", str(folder)]
     command += ["--epochs", str(options.epochs), "--log-every", "1", "--no-progress"]
     command += ["--checkpoint-every", str(options.checkpoint_every)]
+    if options.data_dir is not None:
+        command += ["--data.data-dir", options.data_dir]
     environment = dict(os.environ)
     if options.devices is not None:
         flag = f"--xla_force_host_platform_device_count={options.devices}"

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from coco_files import CATEGORIES, coco_content, write_coco
 
 from experiments import detect, evaluate, predict, train
 from experiments._image_data import PUBLISHED_FACTS
-from experiments._model_file import TrainedModel
+from experiments._model_file import TrainedModel, restore_run
 from experiments.recipes import PUBLISHED, get_recipe
 from wsbcn_flax.models.detection import MaskRCNN
 
@@ -97,8 +101,13 @@ def dataset(tmp_path_factory):
     return write_coco(folder, coco_content(4, sizes=((64, 64), (48, 64))))
 
 
+class Run(NamedTuple):
+    folder: Path
+    arguments: list[str]
+
+
 @pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
+def trained(dataset, tmp_path_factory):
     """A detector trained for two steps on four images."""
     files = {"annotations": dataset, "images": dataset.parent / "images"}
     options = {
@@ -118,8 +127,30 @@ def run(dataset, tmp_path_factory):
         "out": tmp_path_factory.mktemp("run"),
     }
     words = [word for k, v in options.items() for word in (f"--{k}", *str(v).split())]
-    assert train.main(["scenes_mask_rcnn_tiny_gn_ws", *words, "--no-progress"]) == 0
-    return options["out"]
+    words += ["--checkpoint-every", "1", "--log-every", "1", "--no-progress"]
+    arguments = ["scenes_mask_rcnn_tiny_gn_ws", *words]
+    assert train.main(arguments) == 0
+    return Run(options["out"], arguments)
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained.folder
+
+
+def test_a_run_that_lost_its_last_step_ends_the_same(trained, tmp_path):
+    """As if it had been killed between the two: folder and end are those of the whole run."""
+    resumed = tmp_path / "run"
+    shutil.copytree(trained.folder, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "2")
+    (resumed / "result.json").unlink()
+    assert train.main([*trained.arguments, "--out", str(resumed)]) == 0
+    *_, whole = restore_run(trained.folder)
+    *_, end = restore_run(resumed)
+    assert int(end.step) == 2
+    chex.assert_trees_all_equal(end, whole)
+    for name in ("metrics.jsonl", "result.json"):
+        assert (resumed / name).read_text() == (trained.folder / name).read_text()
 
 
 def test_a_run_is_trained_and_scored(run):
