@@ -1,6 +1,7 @@
 """Two-stage object detection: Faster R-CNN and Mask R-CNN."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,13 @@ from jax import lax
 
 from wsbcn_flax.models._padding import repeat_edges
 from wsbcn_flax.models.detection import MaskRCNN
-from wsbcn_flax.ops.detection import TORCHVISION, BoxConvention, mask_targets, pyramid_roi_align
+from wsbcn_flax.ops.detection import (
+    TORCHVISION,
+    BoxConvention,
+    bitmap_targets,
+    mask_targets,
+    pyramid_roi_align,
+)
 from wsbcn_flax.tasks._proposals import (
     STRIDES,
     Boxes,
@@ -42,7 +49,11 @@ class Detection(Task):
     - ``boxes`` [B, G, 4], corners x1, y1, x2, y2 in pixels, with x2 - x1 the width;
     - ``labels`` [B, G], classes from 1 to K;
     - ``valid`` [B, G], whether the slot holds an object; other slots may hold anything;
-    - ``masks`` [B, G, M, M], for Mask R-CNN: 0 or 1 on a grid over each object's own box.
+    - for Mask R-CNN either ``masks`` [B, G, M, M], 0 or 1 on a grid over each object's own box, or
+      ``bitmaps`` [B, G, H, W], 0 or 1 on the whole image.
+
+    Targets of the mask head are 0 or 1 from ``masks``, as the authors', and averages over each bin
+    from ``bitmaps``, as torchvision's.
 
     The loss is the sum of ``objectness_loss``, ``proposal_loss``, ``class_loss``, ``box_loss`` and
     ``mask_loss``. Each is normalized in every image, by its sampled anchors, regions or objects,
@@ -54,11 +65,10 @@ class Detection(Task):
 
     Attributes:
         model: Networks.
-        convention: Convention of boxes, anchors and targets; mask targets are binary in any. With
-            ``proposals_per="device"``, as in ``AUTHORS``, proposals are the best of all images of a
-            device's micro-batch, and losses are normalized over all of them: as published, and no
-            longer the same however the batch is split. ``dataclasses.replace(AUTHORS,
-            proposals_per="image")`` keeps the rest.
+        convention: Convention of boxes and anchors. With ``proposals_per="device"``, as in
+            ``AUTHORS``, proposals are the best of all images of a device's micro-batch, and losses
+            are normalized over all of them: as published, and no longer the same however the batch
+            is split. ``dataclasses.replace(AUTHORS, proposals_per="image")`` keeps the rest.
         leave_out_padding: Whether the padding counts neither in statistics of the normalizations
             nor as a place of anchors; the detections are then those of the image alone.
         anchor_sizes: Side of the square anchors of the five levels, in pixels.
@@ -123,7 +133,8 @@ class Detection(Task):
             rng: Not used.
             extra: Number of the step [], from ``after_update``.
         """
-        self._check(batch, "id", "boxes", "labels", "valid", *["masks"] * self.model.with_mask)
+        masks = "bitmaps" if "bitmaps" in batch else "masks"
+        self._check(batch, "id", "boxes", "labels", "valid", *[masks] * self.model.with_mask)
         key = jax.random.fold_in(jax.random.key(self.seed), extra)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["id"])
         train = nn.apply(self._train, self.model, mutable=["batch_stats"])
@@ -185,7 +196,7 @@ class Detection(Task):
             first = jax.tree.map(lambda x: x[:, : self.regions // 4], regions)
             features = self._align(levels, first.boxes, model.mask_size)
             logits = _on_regions(model.segment, features, train=True)
-            targets = self._mask_targets(batch["masks"], truth.boxes, first)
+            targets = self._mask_targets(batch, truth.boxes, first)
             sums["mask_loss"] = mask_loss(logits, targets, first.labels, first.positive)
         return {name: each.mean(per_device=per_device) for name, each in sums.items()}
 
@@ -254,14 +265,14 @@ class Detection(Task):
             convention=self.convention,
         )
 
-    def _mask_targets(self, masks: jax.Array, boxes: jax.Array, regions: Regions) -> jax.Array:
+    def _mask_targets(self, batch: Batch, boxes: jax.Array, regions: Regions) -> jax.Array:
         """Masks of each region's object on the region's own grid, [B, P, size, size]."""
-
-        def one_image(masks, boxes, regions, index):
-            size = 2 * self.model.mask_size
-            return mask_targets(masks, boxes, regions, index, size=size, convention=self.convention)
-
-        return jax.vmap(one_image)(masks, boxes, regions.boxes, regions.truth)
+        size = 2 * self.model.mask_size
+        if "bitmaps" in batch:
+            targets = functools.partial(bitmap_targets, size=size)
+            return jax.vmap(targets)(batch["bitmaps"], regions.boxes, regions.truth)
+        targets = functools.partial(mask_targets, size=size, convention=self.convention)
+        return jax.vmap(targets)(batch["masks"], boxes, regions.boxes, regions.truth)
 
     def _last_pixel(self, boxes: jax.Array) -> jax.Array:
         """What x2 and y2 exceed the last pixel by, if the convention's boxes end with that."""

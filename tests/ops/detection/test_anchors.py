@@ -61,5 +61,4 @@ def test_bad_options_are_errors():
             border_anchors=True,
             proposals_per="image",
             box_beta=1.0,
-            mask_target="soft",
         )

@@ -17,8 +17,6 @@ class BoxConvention:
         proposals_per: Whether the final number of training proposals is that of a device's batch or
             of an image.
         box_beta: Width of the quadratic part of the box head's smooth L1 loss.
-        mask_target: Whether a mask target is binary, as a rasterized polygon, or soft, as RoIAlign
-            of a bitmap.
 
     Raises:
         ValueError: If ``pixel`` is neither 0 nor 1, or ``box_beta`` is not positive.
@@ -34,7 +32,6 @@ class BoxConvention:
     border_anchors: bool
     proposals_per: Literal["device", "image"]
     box_beta: float
-    mask_target: Literal["binary", "soft"]
 
     def __post_init__(self):
         if self.pixel not in (0, 1):
@@ -50,7 +47,6 @@ AUTHORS = BoxConvention(
     border_anchors=False,
     proposals_per="device",
     box_beta=1.0,
-    mask_target="binary",
 )
 TORCHVISION = BoxConvention(
     pixel=0,
@@ -58,5 +54,4 @@ TORCHVISION = BoxConvention(
     border_anchors=True,
     proposals_per="image",
     box_beta=1 / 9,
-    mask_target="soft",
 )
