@@ -109,6 +109,8 @@ class DetectionRecipe(Recipe):
         model: Detector.
     """
 
+    any_batch = False
+
     data: CocoConfig
     model: DetectorConfig = DetectorConfig()
 

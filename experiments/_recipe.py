@@ -5,7 +5,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax.training.dynamic_scale import DynamicScale
@@ -133,6 +133,9 @@ class Recipe(abc.ABC):
         ema: Decay of an average of the parameters that is evaluated in their place, such as 0.999;
             None evaluates the parameters.
     """
+
+    # Whether a serialized program takes any number of inputs, or one.
+    any_batch: ClassVar[bool] = True
 
     data: Any
     model: Any

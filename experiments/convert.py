@@ -1,11 +1,13 @@
 """Makes one file of a trained model: `python -m experiments.convert {authors,run} SOURCE OUT`.
 
 The file is safetensors, for `experiments.evaluate` and `experiments.predict`, or with
-`--format jax` a program serialized by `jax.export`, from uint8 images to logits.
+`--format jax` a program serialized by `jax.export`, from uint8 images to logits, in gzip's format,
+whose checksum finds damage: `jax.export.deserialize(bytearray(gzip.decompress(content)))`.
 """
 
 import abc
 import dataclasses
+import gzip
 import importlib.resources
 import sys
 from collections.abc import Mapping
@@ -96,7 +98,7 @@ def convert(conversion: Authors | Run) -> None:
     out = conversion.out
     if conversion.format == "jax":
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(serialize(model))
+        out.write_bytes(gzip.compress(serialize(model), compresslevel=1, mtime=0))
     else:
         model.save(out)
     size = out.stat().st_size / 2**20
@@ -157,12 +159,12 @@ def _name_of(path: Path, state_dict: Mapping[str, np.ndarray]) -> str:
 
 
 def serialize(model: TrainedModel) -> bytes:
-    """Returns the program from raw inputs [b, ...], b any size, to outputs.
+    """Returns the program from raw inputs [b, ...] to outputs; b is any size, or 1 for detectors.
 
     ``jax.export.deserialize`` reads it back, without this package.
     """
     require("flatbuffers", extra="convert")
-    (batch,) = jax.export.symbolic_shape("b")
+    batch = jax.export.symbolic_shape("b")[0] if model.recipe.any_batch else 1
     inputs = model.recipe.raw_inputs(model.data, batch)
     program = jax.jit(model.predict_fn())
     exported = jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(inputs)

@@ -1,6 +1,7 @@
 """Detection recipes, and the commands on a small dataset in COCO's format."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from coco_files import CATEGORIES, coco_content, write_coco
 
-from experiments import detect, evaluate, predict, train
+from experiments import convert, detect, evaluate, predict, train
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._model_file import TrainedModel, restore_run
 from experiments.recipes import PUBLISHED, get_recipe
@@ -185,6 +186,14 @@ def test_results_are_written_in_coco_format(run, tmp_path):
     for each in json.loads(file.read_text()):
         assert set(each) == {"image_id", "category_id", "bbox", "score", "segmentation"}
         assert each["category_id"] in CATEGORY_IDS
+
+
+def test_a_serialized_detector_takes_one_image(run, tmp_path):
+    file = tmp_path / "detector.jax.gz"
+    assert convert.main(["run", str(run), str(file), "--format", "jax"]) == 0
+    program = jax.export.deserialize(bytearray(gzip.decompress(file.read_bytes())))
+    assert sorted(x.shape for x in program.in_avals) == [(1, 2), (1, 64, 64, 3)]
+    assert (1, 100, 28, 28) in [x.shape for x in program.out_avals]
 
 
 def test_a_missing_dataset_says_how_to_get_it(tmp_path, capsys):

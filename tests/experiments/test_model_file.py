@@ -1,7 +1,9 @@
 """A trained model goes out in one file, and comes back, is evaluated and predicts the same."""
 
 import dataclasses
+import gzip
 import json
+import zlib
 
 import chex
 import jax
@@ -46,7 +48,9 @@ def test_evaluation_of_the_run_is_the_one_training_ended_with(run, tmp_path, cap
 
     monkeypatch.setattr("experiments._image_data.load_split", without_training_data)
     assert evaluate.main([str(run), "--json", str(tmp_path / "metrics.json")]) == 0
-    assert "top5_error" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "evaluate: compiling the step" in printed
+    assert "top5_error" in printed
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     trained = json.loads((run / "result.json").read_text())
     assert metrics["error"] == pytest.approx(trained["eval_error"], abs=1e-6)
@@ -85,12 +89,20 @@ def test_training_starts_from_trained_variables(model):
 def test_a_serialized_program_needs_nothing_of_this_package(run, model, tmp_path):
     out = tmp_path / "model.jax"
     assert convert.main(["run", str(run), str(out), "--format", "jax"]) == 0
-    program = jax.export.deserialize(bytearray(out.read_bytes()))
+    content = gzip.decompress(out.read_bytes())
+    program = jax.export.deserialize(bytearray(content))
     images = load_split("digits", "test[:5]").images
     expected = jax.jit(model.predict_fn())(images)
     for size in (1, 5):
         np.testing.assert_allclose(program.call(images[:size]), expected[:size], rtol=2e-4)
     assert {"cpu", "cuda", "tpu"} <= set(program.platforms)
+    damaged = bytearray(out.read_bytes())
+    for place in np.random.default_rng(0).integers(10, len(damaged), 20):  # After gzip's header.
+        damaged[place] ^= 4
+        with pytest.raises((OSError, EOFError, zlib.error)):
+            gzip.decompress(damaged)
+        damaged[place] ^= 4
+    assert gzip.decompress(damaged) == content
 
 
 def test_predicts_the_classes_of_image_files(run, model, tmp_path, capsys, monkeypatch):

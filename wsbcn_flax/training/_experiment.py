@@ -269,6 +269,7 @@ class Experiment:
         batches = self.data.eval_batches(batch_size=size, **_host())
         total = -(-self.data.eval_size // size)
         with Progress("evaluate", total=total, enabled=show_progress) as progress:
+            progress.note("compiling the step")  # For an instant, where it is compiled already.
 
             def placed() -> Iterator[Batch]:
                 for number, batch in enumerate(batches, start=1):
