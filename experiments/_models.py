@@ -36,6 +36,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+@functools.lru_cache(maxsize=64)  # One maker for equal networks, so that they are traced once.
 def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[..., nn.Module]:
     """Makes the normalization that a configuration names, to inject into a model.
 
