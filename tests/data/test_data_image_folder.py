@@ -1,5 +1,6 @@
 """ImageNet as tfds prepares it and as torchvision unpacks it."""
 
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -215,3 +216,13 @@ def test_a_damaged_shard(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(RuntimeError, match=r"imagenet2012/5\.1\.0 is damaged, delete it"):
         records(load(tmp_path, "train"))
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"", b'{"features', b"\xff\xfe\x00", b"[1]"])
+def test_damaged_metadata(prepared, tmp_path, name, content):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob(f"imagenet2012/5.1.0/{name}")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"imagenet2012/5\.1\.0 must .* prepare it again"):
+        load(tmp_path, "train")

@@ -23,7 +23,15 @@ def find_prepared(dataset: Path) -> Path | None:
 def load_prepared(folder: Path, split: str, *, name: str) -> EncodedSource | ImageSource:
     """Opens a split, and reads it into memory if all its images are of one size."""
     tfds, _ = (require(each, extra="train") for each in ("tensorflow_datasets", "array_record"))
-    builder, wanted = tfds.builder_from_directory(folder), tfds.core.FileFormat.ARRAY_RECORD
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # Whatever tfds raises of damaged metadata.
+        raise ValueError(
+            f"{folder} must hold a prepared dataset with dataset_info.json and features.json; one "
+            "of them is missing or damaged. Delete the folder and prepare it again "
+            f"({type(error).__name__}: {error!s:.200})."
+        ) from error
+    wanted = tfds.core.FileFormat.ARRAY_RECORD
     formats, features = builder.info.available_file_formats(), builder.info.features
     if wanted not in formats:
         raise ValueError(
