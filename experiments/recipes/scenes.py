@@ -24,7 +24,7 @@ RECIPES = [
             convention="torchvision",
             anchor_sizes=(16, 32, 64, 96, 128),
             anchors=64,
-            regions=64,
+            regions=32,
             proposals=(200, 100),
         ),
         norm=NormConfig(groups=8),
