@@ -12,8 +12,8 @@ from wsbcn_flax.data._coco import CocoSource
 from wsbcn_flax.data._objects import ResizeShorter
 from wsbcn_flax.data._pipeline import Batch, Source, eval_batches, train_batches
 
-# Heights and widths in which every image of short side 800 and long side at most 1333 fits.
 COCO_BUCKETS = ((800, 1344), (1344, 800))
+"""Heights and widths in which every image of short side 800 and long side at most 1333 fits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

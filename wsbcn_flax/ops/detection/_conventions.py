@@ -43,7 +43,6 @@ class BoxConvention:
             raise ValueError(f"box_beta must be positive, received {self.box_beta}.")
 
 
-# maskrcnn-benchmark, which the authors of Weight Standardization trained with.
 AUTHORS = BoxConvention(
     pixel=1,
     anchor_rounding="at_stride",
@@ -52,6 +51,8 @@ AUTHORS = BoxConvention(
     box_beta=1.0,
     mask_target="binary",
 )
+"""maskrcnn-benchmark, which the authors of Weight Standardization trained with."""
+
 TORCHVISION = BoxConvention(
     pixel=0,
     anchor_rounding="at_size",
@@ -60,3 +61,4 @@ TORCHVISION = BoxConvention(
     box_beta=1 / 9,
     mask_target="soft",
 )
+"""torchvision's detection models."""
