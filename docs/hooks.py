@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 ROOT = pathlib.Path(__file__).parents[1]
+PARTIAL = "functools.partial"
 KERNEL = Config(KernelManager={"transport": "ipc"})
 
 
@@ -18,46 +19,53 @@ def on_config(config: MkDocsConfig) -> None:
     """Leaves out guide pages that are not there, and adds the API reference to the navigation."""
     (guide,) = (section["Guide"] for section in config.nav if "Guide" in section)
     guide[:] = [page for page in guide if (ROOT / "docs" / next(iter(page.values()))).exists()]
-    config.nav.append({"API reference": [{name: f"api/{name}.md"} for name in _packages()]})
+    config.nav.append({"API reference": [{name: f"api/{name}.md"} for name in _modules()]})
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds a page for each package, and the output of its code to each tutorial."""
-    for name, modules in _packages().items():
-        text = f"# {name}\n\n::: {name}\n" + "".join(f"\n## {m}\n\n::: {m}\n" for m in modules)
-        files.append(File.generated(config, f"api/{name}.md", content=text))
+    """Adds a page for each public module, and the output of its code to each tutorial."""
+    for name in _modules():
+        page = f"# {name}\n\n::: {name}\n"
+        files.append(File.generated(config, f"api/{name}.md", content=page))
     for file in [file for file in files if file.src_uri.startswith("tutorials/")]:
         notebook = jupytext.reads(file.content_string, fmt="md")
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-        NotebookClient(notebook, config=KERNEL, timeout=600).execute()
+        NotebookClient(notebook, config=KERNEL, timeout=600, coalesce_streams=True).execute()
         source = file.src_uri.replace(".md", ".ipynb")
         link = f"[Download this page as a notebook.]({pathlib.PurePath(source).name})"
-        title, *cells = map(_markdown, notebook.cells)
+        title, text = "\n\n".join(map(_markdown, notebook.cells)).split("\n", 1)
+        page = "\n\n".join([title, link, text])
         files.remove(file)
-        page = "\n\n".join([title, link, *cells])
         files.append(File.generated(config, file.src_uri, content=page))
         files.append(File.generated(config, source, content=nbformat.writes(notebook)))
 
 
 class Docstrings(griffe.Extension):
-    """Our section "Example:" by the name that griffe knows it by."""
+    """Tells griffe what it does not know of this library."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
-        """Renames the section in the docstring of any object."""
+        """Renames the section "Example:" to the one that griffe knows."""
         if obj.docstring:
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
+    def on_class(self, *, cls: griffe.Class, **kwargs: object) -> None:
+        """Marks Linen modules as the dataclasses that they are: their fields are arguments."""
+        if [str(base) for base in cls.bases] == ["nn.Module"]:
+            decorator = griffe.ExprName("dataclasses.dataclass")
+            cls.decorators.append(griffe.Decorator(decorator, lineno=None, endlineno=None))
 
-def _packages() -> dict[str, list[str]]:
-    """Names of the packages below wsbcn_flax, each with its modules that are public."""
-    folders = sorted(file.parent for file in ROOT.glob("wsbcn_flax/**/__init__.py"))
-    return {
-        ".".join(folder.relative_to(ROOT).parts): [
-            ".".join(file.relative_to(ROOT).with_suffix("").parts)
-            for file in sorted(folder.glob("[a-z]*.py"))
-        ]
-        for folder in folders[1:]
-    }
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: object) -> None:
+        """Documents the networks that are a class with arguments given."""
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == PARTIAL:
+            text = "Constructs the network of that name; takes the other arguments of its class."
+            attr.docstring = attr.docstring or griffe.Docstring(text, parent=attr)
+
+
+def _modules() -> list[str]:
+    """Names of the packages below wsbcn_flax and of their modules that are public."""
+    paths = (file.relative_to(ROOT).with_suffix("") for file in ROOT.glob("wsbcn_flax/*/**/*.py"))
+    names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
+    return sorted(name for name in names if "._" not in name)
 
 
 def _markdown(cell: nbformat.NotebookNode) -> str:
