@@ -48,7 +48,7 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
-    def on_class(self, *, cls: griffe.Class, **kwargs: object) -> None:
+    def on_class_instance(self, *, cls: griffe.Class, **kwargs: object) -> None:
         """Marks Linen modules as the dataclasses that they are: their fields are arguments."""
         if [str(base) for base in cls.bases] == ["nn.Module"]:
             decorator = griffe.ExprName("dataclasses.dataclass")
