@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
-.PHONY: demo demo-detection test lint bench clean
+.PHONY: demo demo-detection test lint docs bench clean
 
 demo: $(VENV)/.demo
 	@echo 'training 12 small networks, about 3 minutes on two quiet cores'
@@ -26,11 +26,15 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build
+	@echo 'open site/index.html; its search needs: $(BIN)/mkdocs serve'
+
 bench: $(VENV)/.demo
 	$(BIN)/python -m experiments.bench layers --json runs/bench_layers.json
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,6 +42,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras; a change of the pins or of the requirements installs again.
-$(VENV)/.demo $(VENV)/.scenes $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo $(VENV)/.scenes $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
 	@touch $@

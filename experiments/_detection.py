@@ -130,7 +130,7 @@ class DetectionRecipe(Recipe):
 
         Raises:
             FileNotFoundError: If ``model.weights`` is neither a file nor a run.
-            ValueError: For weights that are none, or of images that are normalized otherwise.
+            ValueError: For a file without a network's weights, or another normalization of images.
         """
         if self.model.weights is None:
             return {}

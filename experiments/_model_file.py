@@ -1,4 +1,4 @@
-"""A trained model with all that using it takes: one safetensors file, or a run's folder."""
+"""A trained model with everything needed to use it: a safetensors file, or a run's folder."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ class TrainedModel:
 
 
 def load_model(path: Path) -> TrainedModel:
-    """Loads a converted file or, at its newest sound checkpoint, a run's folder.
+    """Loads a converted file, or the newest intact checkpoint in a run's folder.
 
     Raises:
         FileNotFoundError: If there is neither, or no checkpoint yet.
@@ -103,7 +103,7 @@ def load_model(path: Path) -> TrainedModel:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         fields = json.loads(metadata[_KEY])
         if fields.pop("crc32") != _checksum(arrays, fields):
-            raise ValueError("its checksum does not fit its content")
+            raise ValueError("its checksum does not match its content")
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} must be a safetensors file that `python -m experiments.convert` wrote; "
@@ -140,5 +140,5 @@ def restore_run(folder: Path) -> tuple[Recipe, dict[str, Any], Experiment, Train
     with Checkpointer(folder / "checkpoints") as checkpointer:
         restored = checkpointer.restore_latest(jax.eval_shape(lambda: experiment.init(0)))
     if restored is None:
-        raise FileNotFoundError(f"{folder} holds no checkpoint yet: train longer.")
+        raise FileNotFoundError(f"{folder} holds no checkpoint yet. Train longer.")
     return recipe, facts, experiment, restored.state

@@ -171,7 +171,7 @@ class Recipe(abc.ABC):
         """
 
     def trained_variables(self) -> Mapping[str, Any]:
-        """Returns variables that training starts from; what is not in them starts at random."""
+        """Returns variables that training starts from; all others start at random."""
         return {}
 
     def assemble(

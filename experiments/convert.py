@@ -1,4 +1,4 @@
-"""Makes one file of a trained model: `python -m experiments.convert {authors,run} SOURCE OUT`.
+"""Writes a trained model as one file: `python -m experiments.convert {authors,run} SOURCE OUT`.
 
 The file is safetensors, for `experiments.evaluate` and `experiments.predict`, or with
 `--format jax` a program serialized by `jax.export`, from uint8 images to logits, in gzip's format,
@@ -91,7 +91,7 @@ class Run(_Conversion):
 
 
 def convert(conversion: Authors | Run) -> None:
-    """Makes one file of a trained model."""
+    """Writes a trained model as one file."""
     model = conversion.load()
     if conversion.fold:
         model = model.folded()
@@ -140,7 +140,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
     arrays = {key: value.numpy() for key, value in tensors.items() if torch.is_tensor(value)}
     if not arrays:
-        raise ValueError(f"{path} must hold a state dict of tensors; it holds {type(content)}.")
+        raise ValueError(f"{path} must hold a state dict of tensors, received {type(content)}.")
     return arrays
 
 

@@ -168,9 +168,9 @@ def _crash(options: CrashOptions) -> None:
     rows = [{"what": name, "result": result} for name, result in results.items()]
     rich.print(table(f"{options.recipe}, killed {len(report.killed_at)} times", rows))
     if len(report.killed_at) < options.kills:
-        raise RuntimeError("The training ended before all its kills; lengthen it: --epochs.")
+        raise RuntimeError("The training ended before its last kill; raise --epochs.")
     if report.differing or not report.same_metrics:
-        raise RuntimeError("The killed training did not end as the undisturbed one.")
+        raise RuntimeError("The killed training must end like the undisturbed one; it did not.")
 
 
 main = make_main(_crash, options=CrashOptions)

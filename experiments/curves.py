@@ -1,4 +1,4 @@
-"""Test error by step of one run or several: `python -m experiments.curves RUN [RUN ...]`."""
+"""Draws the test error of runs by step: `python -m experiments.curves RUN [RUN ...]`."""
 
 import sys
 from pathlib import Path

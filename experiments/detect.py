@@ -1,4 +1,4 @@
-"""Boxes, masks and labels in images: `python -m experiments.detect MODEL IMAGE [IMAGE ...]`."""
+"""Detects objects in images: `python -m experiments.detect MODEL IMAGE [IMAGE ...]`."""
 
 import sys
 from collections.abc import Mapping

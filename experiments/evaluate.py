@@ -1,4 +1,4 @@
-"""Metrics of a trained model, such as top-1 error: `python -m experiments.evaluate MODEL`."""
+"""Evaluates a trained model: `python -m experiments.evaluate MODEL`."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""Predictions for files: `python -m experiments.predict MODEL IMAGE [IMAGE ...]`."""
+"""Applies a trained model to files: `python -m experiments.predict MODEL IMAGE [IMAGE ...]`."""
 
 import sys
 from pathlib import Path

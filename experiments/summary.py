@@ -27,7 +27,7 @@ def summary(
     norm: str = "bcn_ws",
     json: Path | None = None,
 ) -> None:
-    """Prints what networks cost.
+    """Prints the parameters, operations and activation memory of networks.
 
     Args:
         models: Networks, as in a recipe's name; all by default. ImageNet's take 224x224 images and

@@ -80,8 +80,8 @@ def train(
         log_every: Number of steps between records of training metrics.
         tensorboard: Whether to write TensorBoard's files too.
         progress: Whether to display progress.
-        cluster: Whether JAX finds the other processes of the run itself (SLURM, Cloud TPU, ...).
-            Otherwise JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
+        cluster: Whether JAX detects the other processes of the run (SLURM, Cloud TPU, ...).
+            Otherwise set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
         heartbeat_timeout: Seconds without a sign of life after which a process counts as dead.
 
     Raises:

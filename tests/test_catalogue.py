@@ -1,4 +1,4 @@
-"""What every public layer and model must do under JAX's transformations."""
+"""Every public layer and model under JAX's transformations."""
 
 import contextlib
 import functools
@@ -82,7 +82,7 @@ def test_every_public_layer_and_model_is_in_the_catalogue():
 
 
 def test_names_of_parameters_and_statistics(entry):
-    """What checkpoints are made of."""
+    """The names that checkpoints are made of."""
     shapes = jax.eval_shape(
         functools.partial(entry.make(None).init, **entry.call), jax.random.key(0), entry.example()
     )

@@ -1,7 +1,9 @@
 """Every example in every docstring runs and prints what it says."""
 
+import ast
 import doctest
 import importlib
+import pathlib
 import pkgutil
 
 import jax
@@ -32,3 +34,18 @@ def test_there_are_examples():
         if test.examples
     ]
     assert len(examples) >= 15
+
+
+def test_no_docstring_starts_with_what():
+    """A docstring starts with a verb or with a noun phrase."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    root = pathlib.Path(__file__).parents[1]
+    docstrings = [
+        (path, ast.get_docstring(node) or "")
+        for folder in ("wsbcn_flax", "experiments", "tests", "docs")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, documented)
+    ]
+    assert len(docstrings) > 1000
+    assert not [(path, text) for path, text in docstrings if text.startswith("What")]

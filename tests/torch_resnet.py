@@ -25,7 +25,7 @@ def images() -> np.ndarray:
 
 @functools.cache
 def random_variables(name):
-    """What is imported of ``random_state_dict``."""
+    """The arrays that are imported of ``random_state_dict``."""
     return import_checkpoint(random_state_dict(name), name)
 
 
@@ -65,7 +65,7 @@ def numbered_variables(name):
 
 
 def logits(name: str) -> np.ndarray:
-    """What PyTorch computes of the images in float64, with the random arrays, evaluating."""
+    """PyTorch's logits of the images in float64, with the random arrays, in evaluation."""
     import torch
 
     model = make_model(name)

@@ -1,4 +1,4 @@
-"""Measures layers, steps, input pipelines and detectors' operations, as ratios taken side by side.
+"""Measures layers, steps, input pipelines and detectors' operations, as ratios side by side.
 
     python -m experiments.bench layers --json runs/layers.json --against torch
     python -m experiments.bench ws --json runs/ws.json
@@ -10,5 +10,5 @@ Every form runs once per round, in an order that changes. A ratio is the median 
 times of the same round. A form's spread is the interquartile range of its times over their median:
 measure on a quiet machine, and trust no difference that is small beside it. PyTorch suffers most
 from other work: with both of two cores busy its ResNet-50 step took thirty times as long, ours two
-times. Memory and time by the compiler's account: `python -m experiments.aot`.
+times. `python -m experiments.aot` prints memory and time as the compiler estimates them.
 """

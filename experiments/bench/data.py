@@ -1,4 +1,4 @@
-"""Images per second of the input pipelines that recipes train on, alone."""
+"""Measures images per second of the input pipelines alone."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Normalization layers alone, in training, against flax.linen.BatchNorm and PyTorch's."""
+"""Measures normalization layers in training, against flax.linen.BatchNorm and PyTorch's."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""A whole training step of one network with each normalization, against BatchNorm's."""
+"""Measures a training step of one network with each normalization, against BatchNorm's."""
 
 import dataclasses
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Weight standardization of all of ResNet-50's kernels, against one elementwise pass over them."""
+"""Measures weight standardization of ResNet-50's kernels, against one elementwise pass."""
 
 import dataclasses
 import functools

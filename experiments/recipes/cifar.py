@@ -2,10 +2,10 @@
 
     python -m experiments.train cifar10_resnet110_bcn_ws
 
-The authors forked that code base; its TRAINING.md gives these numbers. SGD with momentum 0.9 from a
-rate of 0.1, times ``decay`` at every milestone. Weight decay of all parameters. Crops of images
-padded by 4 pixels, and flips. The groups are the most, up to 32, that divide the narrowest layer
-into groups of four or more channels.
+The authors forked that code base; its TRAINING.md gives these numbers. SGD has
+momentum 0.9 and a rate of 0.1, which ``decay`` multiplies at every milestone. All parameters decay.
+Images are padded by 4 pixels, cropped and flipped. The groups are the most, up to 32, that divide
+the narrowest layer into groups of four or more channels.
 """
 
 import functools

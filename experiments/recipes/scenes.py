@@ -2,8 +2,8 @@
 
     python -m experiments.train scenes_mask_rcnn_tiny_bcn_ws --batch.micro 1
 
-A network of 1.3 million parameters with one block in each stage, trained from scratch on images of
-128 pixels. Adam with a rate of 1e-3 for a batch of 8 images, cosine decay after a warm-up.
+The network has 1.3 million parameters and one block in each stage. It is trained from scratch on
+images of 128 pixels, by Adam with a rate of 1e-3 for 8 images, and cosine decay after a warm-up.
 """
 
 from experiments._detection import DetectionRecipe, DetectorConfig

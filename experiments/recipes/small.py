@@ -1,10 +1,10 @@
-"""Data of a desktop's size: MNIST and its relatives, scikit-learn's digits.
+"""Small datasets: MNIST, its relatives, and scikit-learn's digits.
 
     python -m experiments.train mnist5k_resnet8_bcn_ws --batch.micro 1
 
-Narrow networks, 8 epochs of 64 images, cosine decay from 0.1 after one epoch of warm-up; GN and BCN
-have 4 groups. The README's tables give what to expect. Digits and garments of 28x28 pixels have
-little detail: a stem with stride 2 costs a quarter.
+Networks are narrow. They train for 8 epochs at batch 64, with cosine decay from 0.1 after one epoch
+of warm-up. GN and BCN have 4 groups. The README's tables give the expected results. Digits and
+garments of 28x28 pixels have little detail, so the stem has stride 2, at a quarter of the cost.
 """
 
 from experiments._classification import ClassificationRecipe

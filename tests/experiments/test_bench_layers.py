@@ -19,7 +19,7 @@ FIGURES = {"pass", "median_ms", "spread"}
 
 @pytest.fixture(scope="module")
 def results():
-    """What every layer returns for both passes at a tiny shape."""
+    """The results of every layer for both passes at a tiny shape."""
     calls = layers.layer_calls(layers.normalizations(GROUPS), SHAPE)
     return {key: call() for key, call in calls.items()}
 

@@ -65,7 +65,7 @@ def test_padding_does_not_count(block, norm):
 
 
 def test_it_counts_unless_its_size_is_told():
-    """What shows that the tolerance above tells something."""
+    """A negative control of the tolerance above."""
     image, padded = images()
     model = Tiny(block=Bottleneck, norm=GN, num_classes=None)
     (one, _), (other, _) = trained(model, image)[0], trained(model, padded)[0]

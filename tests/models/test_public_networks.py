@@ -172,7 +172,7 @@ def test_takes_every_normalization(name, norm):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_standardization_does_not_depend_on_the_normalization(name):
-    """Whatever its parameters are called."""
+    """The names of its parameters do not matter."""
     network = shallow(NETWORKS[name])
     model = network(norm=NORM_FACTORIES[GROUP_BCN](GROUPS.get(name, 2)))
     check_standardized(abstract_variables(model, image_size(model))["params"])

@@ -1,4 +1,4 @@
-"""What a model costs, against counts by hand and the published ones."""
+"""Costs of a model, against counts by hand and the published ones."""
 
 import functools
 

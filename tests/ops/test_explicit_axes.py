@@ -32,7 +32,7 @@ def on_mesh(mesh, function, specs, arrays):
 
 
 def loss_and_gradients(function, *primals):
-    """What training needs: the output, gradients of all arrays, auxiliary results."""
+    """The output, gradients of all arrays and auxiliary results, as training needs them."""
     value = lambda *p: (jnp.sum(jnp.sin((out := function(*p))[0])), out)  # noqa: E731
     (_, out), gradients = jax.value_and_grad(
         value, argnums=tuple(range(len(primals))), has_aux=True

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of the forward pass: x itself, and little else."""
+"""The backward pass keeps x itself of the forward pass, and little else."""
 
 import functools
 

@@ -126,7 +126,7 @@ def test_weighted_losses_and_metrics_are_the_whole_batchs(split):
 
 
 def test_a_mean_of_means_is_not():
-    """What shows that the tolerance above tells something."""
+    """A negative control of the tolerance above."""
     batch = next(
         Noise().train_batches(batch_size=16, seed=0, start_step=0, host_index=0, host_count=1)
     )

@@ -80,7 +80,7 @@ def partition_and_step(name, mode, devices=8, *, synced=True, shard_optimizer=Fa
 
 
 def course(name, *split, **options):
-    """What every step returned."""
+    """The results of every step."""
     partition, step = partition_and_step(name, *split, **options)
     state = partition.place_state(initial_state(name))
     for number in range(STEPS):
@@ -139,7 +139,7 @@ def test_eight_devices_equal_one(name, mode, compilations):
 
 @pytest.mark.parametrize("name", ["bn_synced", "bcn_batch_synced"])
 def test_local_statistics_differ(name):
-    """What shows that the equality above tells something."""
+    """A negative control of the equality above."""
     partition, step = partition_and_step(name, "shard_map", synced=False)
     state = partition.place_state(initial_state(name))
     state, metrics = step(state, partition.place_batch(make_batch()))

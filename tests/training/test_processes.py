@@ -1,4 +1,4 @@
-"""What a process does alone; `tests/experiments` starts several."""
+"""A process alone; `tests/experiments` starts several."""
 
 import os
 import signal

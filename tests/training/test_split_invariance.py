@@ -111,7 +111,7 @@ def test_few_samples_are_rounded_as_many_are_in_bfloat16():
 
 @pytest.mark.parametrize("model", OTHERS.values(), ids=OTHERS)
 def test_the_others_depend_on_the_split(model):
-    """What shows that the tolerance above tells something."""
+    """A negative control of the tolerance above."""
     split = one_step(model, count=4, loop="vmap")
     assert relative_difference(one_step(model), split) > 1e-3
 
@@ -171,7 +171,7 @@ def test_one_all_reduce(model, split):
 
 
 def test_synchronized_batch_norm_needs_many():
-    """What shows that the count above tells something."""
+    """A negative control of the count above."""
     model = TinyNet(functools.partial(nn.BatchNorm, axis_name="data"))
     hlo = compiled_step(model, mode="shard_map", devices=8)
     assert count_operations(hlo, "all-reduce") > 3

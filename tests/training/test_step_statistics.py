@@ -137,7 +137,7 @@ def test_every_split_gives_the_same_step(name, model, split, batch):
 
 
 def test_what_flax_does_depends_on_the_split(batch):
-    """What shows that the tolerance above tells something: each call sees the one before."""
+    """A negative control of the tolerance above: each call sees the one before."""
     sequential = functools.partial(BatchChannelNorm, num_groups=4, order="update_first")
     whole, _ = one_step(Shared(sequential), batch, masked=False)
     split, _ = one_step(Shared(sequential), batch, masked=False, count=16, loop="vmap")

@@ -96,7 +96,7 @@ def test_changes_the_kernels_it_takes_and_nothing_else(preset):
 
 
 def test_folded_parameters_run_in_the_plain_model():
-    """What is exported for inference: no gains, nothing to standardize."""
+    """The export for inference has no gains and nothing to standardize."""
     transform = WeightStandardization(preset="nfnet")
     model = Net(nn.Conv)
     params = parameters_of(model)

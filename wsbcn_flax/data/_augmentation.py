@@ -55,7 +55,7 @@ class RandomCrop:
 class RandomFlip:
     """Left-right mirror images with probability 1/2, of an example (by OpenCV) or of a batch.
 
-    Wrong for digits and letters.
+    Do not use it for digits or letters.
     """
 
     def random_map(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -76,11 +76,11 @@ class RandomFlip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """The crops that ImageNet networks train on, as torchvision's RandomResizedCrop.
+    """Random crops resized to a square, for ImageNet, as torchvision's RandomResizedCrop.
 
-    A crop takes a share of the image's area uniform in ``area`` and a ratio of width to height
-    log-uniform in ``ratio``, anywhere in the image, and is resized to a square. A crop that does
-    not fit is drawn again; after ten attempts it is the largest central one with such a ratio.
+    A crop has a share of the image's area uniform in ``area``, and a ratio of width to height
+    log-uniform in ``ratio``. A crop that does not fit is drawn again. After ten attempts it is
+    the largest central crop with a ratio in that range.
     Reference: Szegedy et al., section 6 (https://arxiv.org/abs/1409.4842).
 
     Attributes:

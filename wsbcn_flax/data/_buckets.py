@@ -1,4 +1,4 @@
-"""Batches of images of several shapes: each batch is of one shape, a bucket."""
+"""Batches of images of several shapes; all images of a batch have one shape, its bucket."""
 
 import contextlib
 import dataclasses
@@ -12,8 +12,8 @@ from wsbcn_flax.data._coco import CocoSource
 from wsbcn_flax.data._objects import ResizeShorter
 from wsbcn_flax.data._pipeline import Batch, Source, eval_batches, train_batches
 
-# Heights and widths in which every image of short side 800 and long side at most 1333 fits.
 COCO_BUCKETS = ((800, 1344), (1344, 800))
+"""Heights and widths in which every image of short side 800 and long side at most 1333 fits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,11 @@ def split_by_bucket(
 def bucketed_train_batches(
     sources: Sequence[Source], *, batch_size: int, seed: int, start_step: int = 0, **options: Any
 ) -> Iterator[Batch]:
-    """Makes endless batches, each from one of several sources, as `train_batches` of each does.
+    """Makes endless batches, each from one of several sources, by `train_batches`.
 
     A source that holds n of all N examples gives n of every N batches, in an order drawn from the
-    seed. Which source a batch is from depends on the seed and the step alone, so every host and a
-    resumed run take the same one.
+    seed. The source of a batch depends on the seed and the step alone. Every host and a resumed run
+    take the same one.
 
     Args:
         sources: Sources such as those of `split_by_bucket`; each holds at least a batch.

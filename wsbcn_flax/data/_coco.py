@@ -82,9 +82,10 @@ def load_coco(
 ) -> CocoSource:
     """Indexes a dataset in COCO's format: one annotation file and a folder of images.
 
-    Boxes are clipped to the image. What cannot be trained on is left out and counted in the
-    source's ``skipped``: crowds, boxes that are empty after clipping, objects without a mask, and
-    images without an object. Evaluation reads the annotation file itself, crowds included.
+    Boxes are clipped to the image. Entries that cannot be trained on are left out, and
+    counted in the source's ``skipped``: crowds, boxes that are empty after clipping, objects
+    without a mask, and images without an object. Evaluation reads the annotation file itself,
+    crowds included.
 
     Args:
         annotations: Annotation file, such as ``instances_train2017.json``.

@@ -22,7 +22,7 @@ _METRICS = {0: "AP", 1: "AP50", 2: "AP75", 3: "AP_small", 4: "AP_medium", 5: "AP
 
 
 class CocoEvaluator:
-    """The evaluator of detections: average precision over the images that it was given.
+    """The evaluator of detections, for average precision over the images that it receives.
 
     Each batch of outputs is a dict of D detections for each of B images:
 
@@ -54,7 +54,7 @@ class CocoEvaluator:
         ImportError: If the backend is not installed; names the extra.
 
     Example:
-        A cat, found where it is in an image that was enlarged twice:
+        A cat, detected exactly in an image that was enlarged twice:
 
         >>> import json, pathlib, tempfile
         >>> import numpy as np
@@ -109,7 +109,7 @@ class CocoEvaluator:
     def result(self) -> dict[str, float]:
         """Returns the metrics, and writes the results if a file was given.
 
-        Detections in an image that came twice count once.
+        Detections in an image that was added twice count once.
         """
         if not self._seen:
             raise ValueError("Evaluation needs at least one image, received none")

@@ -79,10 +79,10 @@ class DecodeImage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CentralCrop:
-    """The crop that ImageNet networks are evaluated on.
+    """The central crop, on which ImageNet networks are evaluated.
 
-    The shorter side is resized to ``resize``, the longer in proportion (rounded down), and the
-    central square of ``image_size`` is taken.
+    The shorter side is resized to ``resize``, and the longer one in proportion, rounded down.
+    Then the central square of ``image_size`` is cut out.
 
     Attributes:
         image_size: Side of the square, in pixels.

@@ -111,7 +111,7 @@ def load_split(
     *,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> ImageSource | EncodedSource:
-    """Loads a split of a dataset, never touching the network.
+    """Loads a split of a dataset from this machine; nothing is downloaded.
 
     All images but ImageNet's are read into memory.
 

@@ -32,7 +32,8 @@ _CACHED = 2**16
 def channel_statistics(images: np.ndarray) -> ChannelStatistics:
     """Measures the mean and standard deviation of each channel over all pixels.
 
-    Both come from exact counts of the 256 values, the variance about the mean: nothing cancels.
+    Both come from exact counts of the 256 values, and the variance is taken about the mean, so that
+    nothing cancels.
 
     Args:
         images: uint8 ``[N, height, width, channels]``, of the training split.

@@ -1,4 +1,4 @@
-"""Masks of objects: from segmentations to the frames of boxes, and back into an image."""
+"""Masks of objects: drawn from segmentations in the frames of boxes, and run-length coded."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -84,7 +84,7 @@ class ResizeShorter:
             )
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the height and width that an image of this size gets."""
+        """Returns the height and width of the result for an image of this size."""
         scale = min(self.shorter / min(height, width), self.longer / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
 

@@ -68,14 +68,14 @@ def collecting(batch_stats: Any) -> Any:
 
 
 def collected(given: Any, batch_stats: Any) -> Any:
-    """What is to be averaged of the batch_stats that a loss function returned.
+    """Selects what to average of the batch_stats that a loss function returned.
 
     The sums alone where a layer added to them. A module of somebody else's that keeps a mean, a
     var and a count as well, and knows nothing of sums, has its statistics averaged.
 
     Args:
-        given: What ``collecting`` made, which the loss function received.
-        batch_stats: What it returned.
+        given: Result of ``collecting``, which the loss function received.
+        batch_stats: Collection that it returned.
     """
     old, leaves = _flatten(given), _flatten(batch_stats)
     for layer in _layers(leaves):

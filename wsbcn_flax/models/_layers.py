@@ -1,4 +1,4 @@
-"""What every network shares: convolutions, the normalization's mode, the head, the input check."""
+"""Parts that all networks share: convolutions, mode of the normalization, head, input check."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, operations, memory of activations; nothing is computed."""
+"""Costs of a model (parameters, operations, memory of activations), by tracing alone."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from jax.extend import core
 
 
 class ModelSummary(NamedTuple):
-    """What ``summarize`` counts.
+    """Costs of a model, as ``summarize`` counts them.
 
     Attributes:
         parameters: numbers in the collection ``params``; running statistics are none.

@@ -32,12 +32,12 @@ _FEW = 4  # Samples on a device.
 
 
 class RunningStats(NamedTuple):
-    """What training estimates of each channel.
+    """Running statistics of each channel, which training estimates.
 
     Attributes:
         mean: [C], the running mean.
         var: [C], the running biased variance.
-        count: [], how many updates it has seen, in floating point so that states can be averaged.
+        count: [], the number of updates, in floating point so that states can be averaged.
     """
 
     mean: jax.Array

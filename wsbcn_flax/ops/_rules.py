@@ -14,12 +14,10 @@ class StandardizationRule:
     With u = W - mean(W) if ``center`` else W, and s = sum(u^2), the kernel becomes
     ``gain * u / denominator``, where the denominator is
 
-    ======================  ============================================
-    ``sqrt_var_plus_eps``   sqrt(s / m + epsilon)
-    ``std_plus_eps``        sqrt(s / m) + epsilon
-    ``sqrt_sum``            sqrt(max(s, epsilon)), s being var * n
-    ``norm``                sqrt(s + epsilon)
-    ======================  ============================================
+        sqrt_var_plus_eps    sqrt(s / m + epsilon)
+        std_plus_eps         sqrt(s / m) + epsilon
+        sqrt_sum             sqrt(max(s, epsilon)), s being var * n
+        norm                 sqrt(s + epsilon)
 
     and m is n - 1 if ``unbiased`` else n.
 
@@ -75,6 +73,7 @@ PRESETS: dict[str, StandardizationRule] = {
     "wn": StandardizationRule(denominator="norm", epsilon=1e-12, center=False, learnable_gain=True),
     "cwn": StandardizationRule(denominator="norm", epsilon=1e-12, learnable_gain=True),
 }
+"""The field's conventions by name, with the code that uses each in a comment."""
 
 
 def resolve_rule(preset: str | StandardizationRule) -> StandardizationRule:

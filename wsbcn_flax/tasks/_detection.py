@@ -275,7 +275,7 @@ class Detection(Task):
         return jax.vmap(targets)(batch["masks"], boxes, regions.boxes, regions.truth)
 
     def _last_pixel(self, boxes: jax.Array) -> jax.Array:
-        """What x2 and y2 exceed the last pixel by, if the convention's boxes end with that."""
+        """Offset of x2 and y2 where the convention's boxes end with the last pixel, else zeros."""
         return self.convention.pixel * jnp.broadcast_to(jnp.array([0.0, 0, 1, 1]), boxes.shape)
 
     def _check(self, batch: Batch, *further: str) -> None:

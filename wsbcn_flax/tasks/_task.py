@@ -8,7 +8,9 @@ import jax
 from wsbcn_flax.tasks._mean import Mean
 
 Batch = Mapping[str, jax.Array]
+"""Arrays by name, with one common leading axis, that of the samples."""
 Metrics = dict[str, Any]
+"""Scalars or ``Mean``s by name."""
 Loss = jax.Array | Mean
 
 

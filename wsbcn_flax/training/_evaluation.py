@@ -13,6 +13,7 @@ from wsbcn_flax.tasks import Batch, Mean, Task
 from wsbcn_flax.training._state import TrainState
 
 EvalStep = Callable[[TrainState, Batch], Any]
+"""A step of evaluation, as ``make_eval_step`` returns it."""
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -83,7 +83,7 @@ class Partition:
 
     @property
     def axis_name(self) -> str | None:
-        """What ``make_train_step`` and normalizations take as ``axis_name``."""
+        """The ``axis_name`` for ``make_train_step`` and normalizations; None with "jit"."""
         return None if self.mode == "jit" else AXIS_NAME
 
     def compile(self, step: Callable[[Any, Any], Any], *, donate_state: bool = True) -> Callable:

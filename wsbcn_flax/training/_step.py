@@ -25,6 +25,7 @@ from wsbcn_flax.training._state import TrainState
 
 _ONE = MicroBatches()
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+"""A step of training, as ``make_train_step`` returns it."""
 
 
 def make_train_step(

@@ -22,7 +22,7 @@ _NORMS: dict[NormKind, Callable[..., nn.Module]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSpec:
-    """What a PyTorch checkpoint's architecture is here.
+    """The model here that has the architecture of a PyTorch checkpoint.
 
     Attributes:
         model: name of the network in ``wsbcn_flax.models``.
@@ -92,7 +92,7 @@ def checkpoint_names() -> tuple[str, ...]:
 
 
 def checkpoint_spec(name: str) -> CheckpointSpec:
-    """What the architecture of that name is here.
+    """Returns the model here that has the architecture of that name.
 
     Raises:
         ValueError: for an unknown name.

@@ -40,7 +40,6 @@ class BoxConvention:
             raise ValueError(f"box_beta must be positive, received {self.box_beta}.")
 
 
-# maskrcnn-benchmark, which the authors of Weight Standardization trained with.
 AUTHORS = BoxConvention(
     pixel=1,
     anchor_rounding="at_stride",
@@ -48,6 +47,8 @@ AUTHORS = BoxConvention(
     proposals_per="device",
     box_beta=1.0,
 )
+"""maskrcnn-benchmark, which the authors of Weight Standardization trained with."""
+
 TORCHVISION = BoxConvention(
     pixel=0,
     anchor_rounding="at_size",
@@ -55,3 +56,4 @@ TORCHVISION = BoxConvention(
     proposals_per="image",
     box_beta=1 / 9,
 )
+"""torchvision's detection models."""
