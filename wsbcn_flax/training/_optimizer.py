@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import optax
+from flax import nnx
 
 Kind = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine"]
@@ -175,5 +176,7 @@ def _bias_mask(params: Any) -> Any:
 def _map_paths(function: Callable[[str], Any], params: Any) -> Any:
     """A tree of the function's values at paths such as "conv/kernel"."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: function("/".join(str(getattr(key, "key", key)) for key in path)), params
+        lambda path, _: function("/".join(str(getattr(key, "key", key)) for key in path)),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
     )

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from flax.core import FrozenDict
 
 from wsbcn_flax.ops import StandardizationRule, standardize
@@ -38,8 +39,10 @@ class WeightStandardization:
     Where a kernel has a sibling named ``gain`` [out], as ``WSConv`` makes for presets with a
     learnable gain, the kernel is multiplied by it and the gain is dropped.
 
-    Dictionaries come back as the kind they were (``FrozenDict`` too), and boxes such as
-    ``nn.Partitioned`` with their names.
+    Dictionaries come back as the kind they were (``FrozenDict`` and ``nnx.State`` too), and boxes
+    such as ``nn.Partitioned`` and ``nnx.Param`` with what they know. For an NNX model these are the
+    parameters that ``nnx.split(model, nnx.Param, ...)`` returns; numbers in lists are parts of a
+    path, such as "layers/0/kernel".
 
     Attributes:
         preset: Convention, as in ``standardize``.
@@ -77,6 +80,16 @@ class WeightStandardization:
         >>> params = {"conv": {"kernel": kernel}, "norm": {"scale": scale}}
         >>> WeightStandardization(stacked_axes=1)(params)["conv"]["kernel"].shape
         (5, 3, 3, 8, 8)
+
+        A plain NNX model, called with standardized kernels:
+
+        >>> from flax import nnx
+        >>> conv = lambda rngs: nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(conv(rngs), nnx.GroupNorm(8, 4, rngs=rngs))
+        >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        >>> nnx.merge(graphdef, WeightStandardization()(params), rest)(x).shape
+        (1, 4, 4, 8)
     """
 
     preset: str | StandardizationRule = "bcn"
@@ -124,12 +137,15 @@ class WeightStandardization:
         """
         edits: dict[str, Any] = {}
         if resolve_rule(self.preset).learnable_gain:
-            arrays = _arrays(_flatten(params))
+            leaves = _flatten(params)
+            arrays = _arrays(leaves)
             for kernel in self._select(arrays):
-                array = arrays[kernel.path]
+                array, box = arrays[kernel.path], leaves[kernel.path]
                 layers = array.shape[: kernel.stacked_axes]
                 features = array.shape[kernel.stacked_axes :][kernel.out_axis]
-                edits[sibling(kernel.path, "gain")] = jnp.ones((*layers, features), array.dtype)
+                gain = jnp.ones((*layers, features), array.dtype)
+                is_variable = isinstance(box, nnx.Variable)
+                edits[sibling(kernel.path, "gain")] = nnx.Param(gain) if is_variable else gain
         return _edit(params, edits)
 
     def _select(self, arrays: Mapping[str, jax.Array]) -> list[Selected]:
@@ -150,8 +166,8 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries by path, such as "block1/conv2/kernel"."""
     if not isinstance(params, Mapping):
         raise TypeError(
-            "Parameters must be nested dictionaries of arrays, as model.init(...)['params'] is, "
-            f"received {type(params).__name__}."
+            "Parameters must be nested dictionaries of arrays, as model.init(...)['params'] is, or "
+            f"an nnx.State, as nnx.state(model, nnx.Param) is, received {type(params).__name__}."
         )
     leaves: dict[str, Any] = {}
     for name, node in params.items():
@@ -178,9 +194,12 @@ def _edit(params: Params, edits: Mapping[str, Any]) -> Params:
     def visit(node: Any, path: str) -> Any:
         if not isinstance(node, Mapping):
             return node
-        children = {name: visit(child, f"{path}/{name}") for name, child in node.items()}
+        # A state's own dictionaries are plain; its items are views of them.
+        items = (node.raw_mapping if isinstance(node, nnx.State) else node).items()
+        children = {name: visit(child, f"{path}/{name}") for name, child in items}
         children |= by_module.get(path.removeprefix("/"), {})
         children = {name: child for name, child in children.items() if child is not _REMOVED}
-        return FrozenDict(children) if isinstance(node, FrozenDict) else children
+        kind: Any = next((k for k in (FrozenDict, nnx.State) if isinstance(node, k)), dict)
+        return kind(children)
 
     return visit(params, "")
