@@ -165,7 +165,6 @@ def test_scan_over_stacked_layers_and_over_batches_is_a_loop():
     chex.assert_trees_all_close(to_variables(carried), to_variables(alone), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("nnx_mode")
 def test_remat_changes_neither_gradient_nor_state():
     def step(call):
         model = norm()
