@@ -19,14 +19,21 @@ MAY_IMPORT = {
     "wsbcn_flax.ops": set(),
     "wsbcn_flax.layers": {"ops"},
     "wsbcn_flax.models": {"ops", "layers"},
+    "wsbcn_flax.nnx": {"ops", "layers", "models"},
     "wsbcn_flax.transforms": {"ops", "layers", "models"},
     "wsbcn_flax.tasks": {"ops", "layers", "transforms", "models"},
     "wsbcn_flax.data": {"ops"},
     "wsbcn_flax.training": {"ops", "layers", "transforms", "models", "tasks"},
 }
 SHARED = {"_extras", "_folder_lock"}  # Imported by any package; they import none.
-PACKAGES = ["wsbcn_flax", "wsbcn_flax.ops.detection", "wsbcn_flax.models.detection", *MAY_IMPORT]
-BY_NAME = ["models", "tasks", "data", "training"]  # What `import wsbcn_flax` leaves alone.
+PACKAGES = [
+    "wsbcn_flax",
+    "wsbcn_flax.ops.detection",
+    "wsbcn_flax.models.detection",
+    "wsbcn_flax.nnx.models",
+    *MAY_IMPORT,
+]
+BY_NAME = ["models", "nnx", "tasks", "data", "training"]  # What `import wsbcn_flax` leaves alone.
 
 
 def imported(path):

@@ -125,7 +125,7 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
-        width = bottleneck_width(self)
+        width = bottleneck_width(self.features, base_width=self.base_width, groups=self.groups)
         y = make_conv(self.conv, width, 1, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
         y = grouped_conv(self, width)(y)
@@ -242,7 +242,7 @@ class PreActBottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [B, H, W, C] to [B, H / strides, W / strides, features]."""
-        width = bottleneck_width(self)
+        width = bottleneck_width(self.features, base_width=self.base_width, groups=self.groups)
         y = nn.relu(self.norm(name="norm1")(x))
         if changes_shape(self, x):
             x = project(self, y if self.activated_shortcut else x)
@@ -266,15 +266,15 @@ def project(block: Any, x: jax.Array) -> jax.Array:
     return conv(x)
 
 
-def bottleneck_width(block: Any) -> int:
+def bottleneck_width(features: int, *, base_width: int, groups: int) -> int:
     """Channels of the 3x3 convolution: features / 4 * base_width / 64 in each group."""
-    if block.features <= 0 or block.features * block.base_width % 256:
+    if features <= 0 or features * base_width % 256:
         raise ValueError(
             "A bottleneck's features / 4 * base_width / 64 channels in each group must be a whole "
-            f"number, received features={block.features}, base_width={block.base_width}. Use "
-            "features divisible by 4 with base_width=64."
+            f"number, received features={features}, base_width={base_width}. Use features "
+            "divisible by 4 with base_width=64."
         )
-    return block.features * block.base_width // 256 * block.groups
+    return features * base_width // 256 * groups
 
 
 def grouped_conv(block: Any, width: int) -> nn.Module:

@@ -80,12 +80,7 @@ class CifarResNet(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        layers = 3 * block_class(self.block).depth
-        if self.depth < layers + 2 or (self.depth - 2) % layers:
-            examples = ", ".join(str(layers * n + 2) for n in (1, 2, 3, 4, 6, 9, 18))
-            raise ValueError(
-                f"depth must be {layers}n + 2 ({examples}, ...), received {self.depth}."
-            )
+        blocks_per_stage(self.depth, block_class(self.block).depth)
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), received {self.dropout_rate}.")
         super().__post_init__()
@@ -111,7 +106,7 @@ class CifarResNet(nn.Module):
             x = nn.relu(norm(name="stem_norm")(x))
         outputs = []
         for stage in (1, 2, 3):
-            for index in range((self.depth - 2) // (3 * kind.depth)):
+            for index in range(blocks_per_stage(self.depth, kind.depth)):
                 x = self.block(
                     (self.features or self.width) * 2 ** (stage - 1),
                     conv=conv,
@@ -126,6 +121,15 @@ class CifarResNet(nn.Module):
         if self.num_classes is None:
             return (*outputs[:-1], x)
         return classify(x, self.num_classes)
+
+
+def blocks_per_stage(depth: int, block_depth: int) -> int:
+    """The number of blocks in each stage; ValueError for a depth that whole blocks do not make."""
+    layers = 3 * block_depth
+    if depth < layers + 2 or (depth - 2) % layers:
+        examples = ", ".join(str(layers * n + 2) for n in (1, 2, 3, 4, 6, 9, 18))
+        raise ValueError(f"depth must be {layers}n + 2 ({examples}, ...), received {depth}.")
+    return (depth - 2) // layers
 
 
 PreResNet110 = functools.partial(CifarResNet, depth=110, block=PreActBlock)

@@ -80,10 +80,7 @@ class ResNet(nn.Module):
 
     def __post_init__(self):
         sizes, dilations = self.stage_sizes, self.dilations
-        if not sizes or min(sizes) < 1:
-            raise ValueError(
-                f"Each stage must have at least one block, received stage_sizes={sizes}."
-            )
+        check_stage_sizes(sizes)
         if dilations is not None and (len(dilations) != len(sizes) or min(dilations) < 1):
             raise ValueError(
                 f"dilations must be one positive number for each of {len(sizes)} stages, received "
@@ -127,7 +124,7 @@ class ResNet(nn.Module):
         x = make_conv(conv, self.stem_features, 7, strides=2, name="stem_conv")(x)
         if not preactivation:
             x = nn.relu(norm_of(0)(name="stem_norm")(x))
-        x = padding.fill(_max_pool(padding.fill(x, -jnp.inf)))
+        x = padding.fill(max_pool(padding.fill(x, -jnp.inf)))
         x = lax.stop_gradient(x) if self.frozen_stages else x
 
         outputs = []
@@ -153,7 +150,14 @@ class ResNet(nn.Module):
         return classify(x, self.num_classes, mask=padding.mask(x))
 
 
-def _max_pool(x: jax.Array) -> jax.Array:
+def check_stage_sizes(sizes: Sequence[int]) -> None:
+    """Raises ValueError unless there are stages and each has a block."""
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"Each stage must have at least one block, received stage_sizes={sizes}.")
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The stem's pooling, 3x3 with strides 2."""
     padding: Any = ((1, 1), (1, 1))  # Of minus infinity; Flax types padding as str alone.
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 

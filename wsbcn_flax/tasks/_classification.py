@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,7 +11,7 @@ from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.tasks._mean import Mean
-from wsbcn_flax.tasks._task import Batch, Metrics, Task
+from wsbcn_flax.tasks._task import Batch, Metrics, Network, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Classification(Task):
 
     Attributes:
         model: Network, called as ``model.apply(variables, images, train=...)``; returns logits
-            [B, K].
+            [B, K]. A Linen module, or an NNX model in a ``wsbcn_flax.nnx.Functional``.
         label_smoothing: Probability spread evenly over all classes in the training loss.
 
     Raises:
@@ -48,7 +47,7 @@ class Classification(Task):
         ['error', 'loss', 'top5_error']
     """
 
-    model: nn.Module
+    model: Network
     label_smoothing: float = 0.0
 
     def __post_init__(self):

@@ -14,6 +14,18 @@ Metrics = dict[str, Any]
 Loss = jax.Array | Mean
 
 
+class Network(Protocol):
+    """A model as two pure functions, as every Linen module is."""
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the model's variables, from a key and inputs."""
+        ...
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model with variables and inputs."""
+        ...
+
+
 class LossFn(Protocol):
     """A loss without a task: all that ``make_train_step`` needs of one."""
 
