@@ -15,8 +15,8 @@ demo: $(VENV)/.demo
 
 demo-detection: $(VENV)/.scenes
 	$(BIN)/python -m experiments.scenes --out runs/data/scenes
-	$(BIN)/python -m experiments.train scenes_mask_rcnn_tiny_gn_ws --data.data-dir runs/data --out runs/detection
-	$(BIN)/python -m experiments.detect runs/detection runs/data/scenes/val/00000[1-8].jpg --figure runs/detection/detections.png
+	$(BIN)/python -m experiments.train scenes_mask_rcnn_tiny_bcn_ws --batch.micro 1 --data.data-dir runs/data --out runs/detection
+	$(BIN)/python -m experiments.detect runs/detection runs/data/scenes/val/00000[1-8].jpg --threshold 0.4 --figure runs/detection/detections.png
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -30,8 +30,9 @@ def standardize(
     where the preset names the denominator (see ``StandardizationRule``): "bcn" (the default),
     "official", "official_tf", "bit", "timm", "nfnet" and "aws" are the field's conventions of
     Weight Standardization; "wn" and "cwn" are weight normalization and centered weight
-    normalization. Computed in float32 or wider and returned in the kernel's dtype. Derivatives are the closed
-    form, in reverse and forward mode and of any order, and are finite at a constant kernel.
+    normalization. Computed in float32 or wider and returned in the kernel's dtype. Derivatives are
+    the closed form, in reverse and forward mode and of any order, and are finite at a constant
+    kernel.
 
     Args:
         kernel: [..., out], for example HWIO. A grouped convolution's I is already in / groups.
