@@ -25,6 +25,9 @@ from experiments._tables import Column, check_writable, table
 from experiments._variants import norm_name, with_norm
 from experiments.recipes import get_recipe
 from wsbcn_flax.training.ahead_of_time import (
+    CHIPS,
+    Chip,
+    Group,
     compile_lowered,
     device_bytes,
     largest_that_fits,
@@ -35,13 +38,17 @@ from wsbcn_flax.training.writers import write_json
 
 Figures = dict[str, Any]  # The fields of `Compiled`.
 
-_CLOCK = {"v5e": 1.5e9}  # Cycles in a second, where it is known.
 _REFERENCES = ("bn", "bn_barrier")
-_RATIOS = ("bytes_accessed", "temp_bytes", "total_bytes")
+_RATIOS = ("bytes_accessed", "estimated_ms", "small_operations", "temp_bytes", "total_bytes")
+_PROFILED = 24  # Modules.
 _COLUMNS: dict[str, Column] = {
     "norm": ("norm", str),
     "bytes_accessed": ("GB", lambda x: f"{x / 1e9:.2f}"),
     "estimated_ms": ("est. ms", "{:.2f}".format),
+    "operations": ("oper-\nations", str),
+    "small_operations": ("small\nones", str),
+    "small_ms": ("their\nms", "{:.2f}".format),
+    "custom_calls": ("custom\ncalls", str),
     "temp_bytes": ("temp MB", lambda x: f"{x / 1e6:.0f}"),
     "argument_bytes": ("args MB", lambda x: f"{x / 1e6:.0f}"),
     "total_bytes": ("total MB", lambda x: f"{x / 1e6:.0f}"),
@@ -63,6 +70,7 @@ def aot(
     remat: bool = False,
     compiler_options: dict[str, str] | None = None,
     fits: float | None = None,
+    profile: bool = False,
     json: Path | None = None,
 ) -> None:
     """Compiles a recipe's training step for devices that need not be here.
@@ -80,6 +88,7 @@ def aot(
         remat: Whether residual blocks are rematerialized.
         compiler_options: Options of XLA, names and values in turn.
         fits: Memory of a device in GiB. Finds the largest micro-batch of the batch that fits.
+        profile: Whether to list the costliest modules of each step.
         json: File to write the figures to.
 
     Raises:
@@ -123,37 +132,60 @@ def aot(
     # The references first, so that each row has its ratios when it is written.
     variants = {name: with_norm(base, name) for name in against} | {norm_name(base): base}
     figures: dict[int, dict[str, Figures]] = {batch: {} for batch in per_device_batch}
+    profiles: dict[tuple[int, str], tuple[Group, ...]] = {}
+    chip = CHIPS.get(topology.partition(":")[0]) if platform == "tpu" else None
     with Progress("compile", total=len(figures) * len(variants)) as progress:
         for number, (batch, name) in enumerate(itertools.product(figures, variants), start=1):
             progress.note(f"{name}, {batch} images a chip")
             variant = resized(variants[name], batch, micro)
             lowered = variant.experiment().lower(devices)
             trips = variant.batch.micro_batches(chips).count
-            figures[batch][name] = compile_lowered(lowered, chips=chips, trips=trips)._asdict()
+            compiled = compile_lowered(lowered, chips=chips, trips=trips, chip=chip)
+            figures[batch][name] = compiled._asdict()
+            profiles[batch, name] = figures[batch][name].pop("profile")
             progress.update(number)
             if json is not None:
                 write_json(json, figures if len(figures) > 1 else figures[batch])
     where = topology if platform == "tpu" else "the CPU"
     for batch, of_batch in figures.items():
-        rows = rows_with_ratios(of_batch, topology=topology)
-        _print_tables(f"{recipe}, {where}, {batch} images a chip", rows)
+        _print_tables(f"{recipe}, {where}, {batch} images a chip", rows_with_ratios(of_batch))
+        if chip is not None and profile:
+            for name in of_batch:
+                _print_profile(f"{name}, {batch} images a chip", profiles[batch, name], chip)
+    if any(row["custom_calls"] for rows in figures.values() for row in rows.values()):
+        rich.print(
+            "Custom calls carry no estimate: each counts as 3,000 cycles, or as its bytes over the "
+            "memory's bandwidth."
+        )
 
 
-def rows_with_ratios(figures: Mapping[str, Figures], *, topology: str) -> list[dict[str, Any]]:
+def rows_with_ratios(figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
     """Returns one row for each normalization, with ratios to bn and bn_barrier if compiled."""
-    clock = _CLOCK.get(topology.partition(":")[0])
     rows = []
     for name, of_norm in figures.items():
-        cycles = of_norm["estimated_cycles"]
-        milliseconds = 1e3 * cycles / clock if cycles and clock else None
         ratios = {
             f"{field}/{reference}": of_norm[field] / figures[reference][field]
             for reference in _REFERENCES
             if reference in figures
             for field in _RATIOS
+            if of_norm[field] is not None
         }
-        rows.append({"norm": name, **of_norm, "estimated_ms": milliseconds, **ratios})
+        rows.append({"norm": name, **of_norm, **ratios})
     return rows
+
+
+def _print_profile(title: str, groups: Sequence[Group], chip: Chip) -> None:
+    rows = [
+        {
+            "module": group.path,
+            "est. ms": f"{1e3 * group.cycles / chip.clock:.3f}",
+            "operations": group.operations,
+            "small ones": group.small_operations,
+        }
+        for group in groups[:_PROFILED]
+    ]
+    if rows:
+        rich.print(table(f"Costliest modules: {title}", rows))
 
 
 def _print_tables(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -86,7 +86,8 @@ def standardize(
 def _scaled(rule: StandardizationRule, out_axis: int, kernel, gain):
     """The standardized kernel times the gain, in the kernel's dtype."""
     dtype = statistics_dtype(kernel.dtype)
-    hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
+    with jax.named_scope("standardize"):
+        hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
     if gain is not None:
         hat = hat * jnp.expand_dims(gain.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
     return hat.astype(kernel.dtype)
