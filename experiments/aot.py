@@ -1,7 +1,8 @@
-"""Compiles a recipe's training step for a TPU topology or this CPU, without running it.
+"""Compiles a recipe's training step for TPUs, GPUs or this CPU, without running it.
 
     python -m experiments.aot RECIPE --topology v5e:16x16 --per-device-batch 1 --against bn
     python -m experiments.aot RECIPE --platform cpu --dtype float32 --per-device-batch 1 2
+    python -m experiments.aot RECIPE --platform cuda --target h100 --per-device-batch 2
     python -m experiments.aot RECIPE --per-device-batch 32 --fits 16
 
 A step of a large network takes minutes to compile for TPU.
@@ -30,6 +31,7 @@ from wsbcn_flax.training.ahead_of_time import (
     Group,
     compile_lowered,
     device_bytes,
+    gpu_devices,
     largest_that_fits,
     tpu_devices,
 )
@@ -39,7 +41,14 @@ from wsbcn_flax.training.writers import write_json
 Figures = dict[str, Any]  # The fields of `Compiled`.
 
 _REFERENCES = ("bn", "bn_barrier")
-_RATIOS = ("bytes_accessed", "estimated_ms", "small_operations", "temp_bytes", "total_bytes")
+_RATIOS = (
+    "bytes_accessed",
+    "estimated_ms",
+    "small_operations",
+    "fusions",
+    "temp_bytes",
+    "total_bytes",
+)
 _PROFILED = 24  # Modules.
 _COLUMNS: dict[str, Column] = {
     "norm": ("norm", str),
@@ -49,6 +58,8 @@ _COLUMNS: dict[str, Column] = {
     "small_operations": ("small\nones", str),
     "small_ms": ("their\nms", "{:.2f}".format),
     "custom_calls": ("custom\ncalls", str),
+    "fusions": ("fusions", str),
+    "library_calls": ("library\ncalls", str),
     "temp_bytes": ("temp MB", lambda x: f"{x / 1e6:.0f}"),
     "argument_bytes": ("args MB", lambda x: f"{x / 1e6:.0f}"),
     "total_bytes": ("total MB", lambda x: f"{x / 1e6:.0f}"),
@@ -60,8 +71,9 @@ _COLUMNS: dict[str, Column] = {
 def aot(
     recipe: tyro.conf.Positional[str],
     *,
-    platform: Literal["tpu", "cpu"] = "tpu",
+    platform: Literal["tpu", "cuda", "cpu"] = "tpu",
     topology: str = "v5e:2x4",
+    target: Literal["h100", "a100"] = "h100",
     per_device_batch: tuple[int, ...] = (1,),
     micro: int | None = None,
     against: tuple[str, ...] = (),
@@ -77,8 +89,10 @@ def aot(
 
     Args:
         recipe: Name of a recipe.
-        platform: Platform to compile for: chips of a topology, or one CPU of this machine.
+        platform: Platform to compile for: TPU chips of a topology, 8 GPUs, or one CPU of this
+            machine.
         topology: TPU chips, {generation}:{grid}.
+        target: Kind of GPU, for ``--platform cuda``.
         per_device_batch: Numbers of images on each chip; one table for each.
         micro: Number of images in a micro-batch; the chip's whole batch if None.
         against: Normalizations to compile the same network with: none, bn, bn_synced, bn_barrier,
@@ -101,7 +115,12 @@ def aot(
     check_writable(json)
     # The compiler alone is needed of a TPU; the arrays are this machine's.
     jax.config.update("jax_platforms", "cpu")
-    devices = tpu_devices(topology) if platform == "tpu" else jax.devices("cpu")[:1]
+    where, find_devices = {
+        "tpu": (topology, lambda: tpu_devices(topology)),
+        "cuda": (target, lambda: gpu_devices(target)),
+        "cpu": ("the CPU", lambda: jax.devices("cpu")[:1]),
+    }[platform]
+    devices = find_devices()
     chips, base = len(devices), get_recipe(recipe)
 
     def resized(variant: Recipe, batch: int, micro: int | None) -> Recipe:
@@ -146,7 +165,6 @@ def aot(
             progress.update(number)
             if json is not None:
                 write_json(json, figures if len(figures) > 1 else figures[batch])
-    where = topology if platform == "tpu" else "the CPU"
     for batch, of_batch in figures.items():
         _print_tables(f"{recipe}, {where}, {batch} images a chip", rows_with_ratios(of_batch))
         if chip is not None and profile:
@@ -189,7 +207,10 @@ def _print_profile(title: str, groups: Sequence[Group], chip: Chip) -> None:
 
 
 def _print_tables(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    rich.print(table(title, rows, _COLUMNS))
+    known = {
+        key: shown for key, shown in _COLUMNS.items() if any(row[key] is not None for row in rows)
+    }
+    rich.print(table(title, rows, known))
     ratios: dict[str, Column] = {
         key: (f"{key.partition('_')[0]}\n/ {key.partition('/')[2]}", "{:.2f}".format)
         for key in rows[0]

@@ -9,6 +9,8 @@ from wsbcn_flax.training.ahead_of_time import (
     count_collectives,
     device_bytes,
     estimated_operations,
+    gpu_devices,
+    gpu_kernels,
     group_by_module,
     largest_that_fits,
     tpu_devices,
@@ -69,6 +71,25 @@ def test_modules_that_differ_by_numbers_are_one_group():
     assert groups[forward] == (forward, 6000, 3, 3)
     assert groups[backward] == (backward, 3000, 1, 0)
     assert next(iter(groups)) == "(no module)"
+
+
+def test_a_gpus_kernels_are_counted_with_what_they_move():
+    program = """
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %a = bf16[8]{0} parameter(0)
+  %sums = (f32[2]{0}, f32[2]{0}) fusion(%a), kind=kInput, calls=%fused
+  %sum = f32[2]{0} get-tuple-element(%sums), index=0
+  %conv = (bf16[8]{0}, u8[0]{0}) custom-call(%a, %sum), custom_call_target="__cudnn$convForward"
+  %start = f32[2]{0} all-reduce-start(%sum), channel_id=1
+  ROOT %done = f32[2]{0} all-reduce-done(%start)
+}
+"""
+    assert gpu_kernels(program) == (16 + 16 + (16 + 16 + 8) + (8 + 8), 1, 1)
+
+
+def test_a_gpu_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match=r"one of a100, h100, received 'p100'"):
+        gpu_devices("p100")
 
 
 @pytest.mark.parametrize("installed", [None, "0.0.17"])

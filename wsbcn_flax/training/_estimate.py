@@ -1,4 +1,4 @@
-"""The TPU compiler's own estimate of a program's time, read from the compiled program's text."""
+"""Figures that are read from a compiled program's text: TPU's estimate of time, GPU's kernels."""
 
 import collections
 import math
@@ -12,6 +12,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\n((?: .*\n|\n)*?)\}", re
 _LOOP_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 # Name, type, kind, operands.
 _OPERATION = re.compile(r"^ +(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(([^)]*)\)")
+_NAME = re.compile(r"%?([\w.\-]+)(?:,|$)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _PATH = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
@@ -64,7 +65,7 @@ def estimated_operations(hlo: str, *, trips: int, bytes_per_cycle: float) -> lis
             if cycles is None and not is_kernel:
                 continue
             if is_kernel:
-                names = re.findall(r"%?([\w.\-]+)(?:,|$)", operands)
+                names = _NAME.findall(operands)
                 moved = sizes[result] + sum(sizes.get(operand, 0) for operand in names)
                 count = max(SMALL_CYCLES, math.ceil(moved / bytes_per_cycle))
             else:
@@ -116,6 +117,43 @@ def _module(path: str) -> str:
     parts = [part for part in path.split("/")[:-1] if not _MACHINERY.match(part)]
     modules = dict.fromkeys(_TRANSFORMED.sub(r"\1", part) for part in parts)
     return direction + (re.sub(r"\d+", "*", "/".join(filter(None, modules))) or "(no module)")
+
+
+class Kernels(NamedTuple):
+    """Kernels that a GPU launches in a step, outside loops.
+
+    Attributes:
+        bytes_accessed: Bytes of the operands and results of all of them.
+        fusions: Number of kernels that XLA made.
+        library_calls: Number of calls of cuDNN, cuBLAS and the like.
+    """
+
+    bytes_accessed: int
+    fusions: int
+    library_calls: int
+
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+
+
+def gpu_kernels(hlo: str) -> Kernels:
+    """Counts the kernels in the entry computation of a program for GPU, and their bytes."""
+    sizes: dict[str, int] = {}
+    kinds: list[str] = []
+    moved = 0
+    for entry, _, text in _COMPUTATION.findall(hlo):
+        if not entry:
+            continue
+        for line in text.splitlines():
+            if (match := _OPERATION.match(line)) is None:
+                continue
+            result, shape, kind, operands = match.groups()
+            sizes[result] = _byte_count(shape)
+            if kind in _FREE or kind.endswith("-done"):
+                continue
+            kinds.append(kind)
+            moved += sizes[result] + sum(sizes.get(name, 0) for name in _NAME.findall(operands))
+    return Kernels(moved, kinds.count("fusion"), kinds.count("custom-call"))
 
 
 def _byte_count(shape: str) -> int:

@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import importlib.metadata
+import importlib.resources
+import importlib.util
 import os
 import re
 import time
@@ -16,6 +18,7 @@ from wsbcn_flax.training._estimate import (
     Group,
     Operation,
     estimated_operations,
+    gpu_kernels,
     group_by_module,
 )
 
@@ -45,7 +48,8 @@ class Compiled(NamedTuple):
 
     Attributes:
         chips: Number of devices.
-        bytes_accessed: Bytes that all operations of one step access.
+        bytes_accessed: Bytes that all operations of one step access. On a GPU, bytes of the
+            operands and results of all kernels, without the workspaces of libraries.
         argument_bytes: Bytes of the state and the batch.
         temp_bytes: Bytes of temporaries.
         peak_bytes: Most bytes in use at once, arguments included; the compiler for CPU leaves the
@@ -60,6 +64,8 @@ class Compiled(NamedTuple):
         small_operations: Number of those below 3,000 cycles.
         small_ms: Milliseconds of those below 3,000 cycles.
         custom_calls: Number of custom calls among the operations.
+        fusions: Number of kernels that XLA makes for a GPU; None elsewhere.
+        library_calls: Number of calls of a GPU's libraries; None elsewhere.
         all_reduces: Number of all-reduces in the program.
         collectives: Number of collectives of every kind.
         compile_seconds: Seconds that compiling took on this machine.
@@ -77,6 +83,8 @@ class Compiled(NamedTuple):
     small_operations: int | None
     small_ms: float | None
     custom_calls: int | None
+    fusions: int | None
+    library_calls: int | None
     all_reduces: int
     collectives: dict[str, int]
     compile_seconds: float
@@ -103,14 +111,18 @@ def compile_lowered(
     if chip is not None:
         speed = chip.bandwidth / chip.clock
         operations = estimated_operations(text, trips=trips, bytes_per_cycle=speed)
+    costs = compiled.cost_analysis()  # The compiler for GPU gives none.
+    kernels = gpu_kernels(text) if costs is None else None
     return Compiled(
         chips=chips,
-        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
+        bytes_accessed=kernels.bytes_accessed if kernels else costs["bytes accessed"],
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         total_bytes=device_bytes(compiled),
         **_estimate(operations, chip),
+        fusions=kernels and kernels.fusions,
+        library_calls=kernels and kernels.library_calls,
         all_reduces=collectives.get("all-reduce", 0),
         collectives=collectives,
         compile_seconds=round(seconds, 1),
@@ -168,6 +180,31 @@ def tpu_devices(topology: str) -> Sequence[Any]:
             f"topology must be one that libtpu knows, such as v5e:2x4, v5e:16x16, v4:4x4x4 or "
             f"v5p:4x4x4, received {topology!r} ({str(error).splitlines()[0]:.200})."
         ) from error
+
+
+def gpu_devices(target: str, count: int = 8) -> Sequence[Any]:
+    """Returns GPUs of a kind such as "h100", none of which need be here.
+
+    Raises:
+        ImportError: Without the plugin of jax for CUDA.
+        ValueError: For an unknown kind.
+    """
+    folder = importlib.resources.files("wsbcn_flax.training").joinpath("gpu_targets")
+    names = sorted(file.name.removesuffix(".txtpb") for file in folder.iterdir())
+    if target not in names:
+        raise ValueError(f"target must be one of {', '.join(names)}, received {target!r}.")
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ImportError(
+            f"Compiling for GPU needs the plugin of jax {jax.__version__}, but no GPU: pip install "
+            f"--no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        )
+    from jax.experimental import topologies
+
+    config = folder.joinpath(f"{target}.txtpb").read_text()
+    # Slices, hosts, devices.
+    return topologies.get_topology_desc(
+        platform="cuda", topology=f"1x1x{count}", target_config=config
+    ).devices
 
 
 def _check_libtpu() -> None:
