@@ -1,7 +1,8 @@
-"""Compiles a recipe's training step for a TPU topology or this CPU, without running it.
+"""Compiles a recipe's training step for TPUs, GPUs or this CPU, without running it.
 
     python -m experiments.aot RECIPE --topology v5e:16x16 --per-device-batch 1 --against bn
     python -m experiments.aot RECIPE --platform cpu --dtype float32 --per-device-batch 1 2
+    python -m experiments.aot RECIPE --platform cuda --target h100 --per-device-batch 2
     python -m experiments.aot RECIPE --per-device-batch 32 --fits 16
 
 A step of a large network takes minutes to compile for TPU.
@@ -25,8 +26,12 @@ from experiments._tables import Column, check_writable, table
 from experiments._variants import norm_name, with_norm
 from experiments.recipes import get_recipe
 from wsbcn_flax.training.ahead_of_time import (
+    CHIPS,
+    Chip,
+    Group,
     compile_lowered,
     device_bytes,
+    gpu_devices,
     largest_that_fits,
     tpu_devices,
 )
@@ -35,13 +40,26 @@ from wsbcn_flax.training.writers import write_json
 
 Figures = dict[str, Any]  # The fields of `Compiled`.
 
-_CLOCK = {"v5e": 1.5e9}  # Cycles in a second, where it is known.
 _REFERENCES = ("bn", "bn_barrier")
-_RATIOS = ("bytes_accessed", "temp_bytes", "total_bytes")
+_RATIOS = (
+    "bytes_accessed",
+    "estimated_ms",
+    "small_operations",
+    "fusions",
+    "temp_bytes",
+    "total_bytes",
+)
+_PROFILED = 24  # Modules.
 _COLUMNS: dict[str, Column] = {
     "norm": ("norm", str),
     "bytes_accessed": ("GB", lambda x: f"{x / 1e9:.2f}"),
     "estimated_ms": ("est. ms", "{:.2f}".format),
+    "operations": ("oper-\nations", str),
+    "small_operations": ("small\nones", str),
+    "small_ms": ("their\nms", "{:.2f}".format),
+    "custom_calls": ("custom\ncalls", str),
+    "fusions": ("fusions", str),
+    "library_calls": ("library\ncalls", str),
     "temp_bytes": ("temp MB", lambda x: f"{x / 1e6:.0f}"),
     "argument_bytes": ("args MB", lambda x: f"{x / 1e6:.0f}"),
     "total_bytes": ("total MB", lambda x: f"{x / 1e6:.0f}"),
@@ -53,8 +71,9 @@ _COLUMNS: dict[str, Column] = {
 def aot(
     recipe: tyro.conf.Positional[str],
     *,
-    platform: Literal["tpu", "cpu"] = "tpu",
+    platform: Literal["tpu", "cuda", "cpu"] = "tpu",
     topology: str = "v5e:2x4",
+    target: Literal["h100", "a100"] = "h100",
     per_device_batch: tuple[int, ...] = (1,),
     micro: int | None = None,
     against: tuple[str, ...] = (),
@@ -63,14 +82,17 @@ def aot(
     remat: bool = False,
     compiler_options: dict[str, str] | None = None,
     fits: float | None = None,
+    profile: bool = False,
     json: Path | None = None,
 ) -> None:
     """Compiles a recipe's training step for devices that need not be here.
 
     Args:
         recipe: Name of a recipe.
-        platform: Platform to compile for: chips of a topology, or one CPU of this machine.
+        platform: Platform to compile for: TPU chips of a topology, 8 GPUs, or one CPU of this
+            machine.
         topology: TPU chips, {generation}:{grid}.
+        target: Kind of GPU, for ``--platform cuda``.
         per_device_batch: Numbers of images on each chip; one table for each.
         micro: Number of images in a micro-batch; the chip's whole batch if None.
         against: Normalizations to compile the same network with: none, bn, bn_synced, bn_barrier,
@@ -80,6 +102,7 @@ def aot(
         remat: Whether residual blocks are rematerialized.
         compiler_options: Options of XLA, names and values in turn.
         fits: Memory of a device in GiB. Finds the largest micro-batch of the batch that fits.
+        profile: Whether to list the costliest modules of each step.
         json: File to write the figures to.
 
     Raises:
@@ -92,7 +115,12 @@ def aot(
     check_writable(json)
     # The compiler alone is needed of a TPU; the arrays are this machine's.
     jax.config.update("jax_platforms", "cpu")
-    devices = tpu_devices(topology) if platform == "tpu" else jax.devices("cpu")[:1]
+    where, find_devices = {
+        "tpu": (topology, lambda: tpu_devices(topology)),
+        "cuda": (target, lambda: gpu_devices(target)),
+        "cpu": ("the CPU", lambda: jax.devices("cpu")[:1]),
+    }[platform]
+    devices = find_devices()
     chips, base = len(devices), get_recipe(recipe)
 
     def resized(variant: Recipe, batch: int, micro: int | None) -> Recipe:
@@ -123,41 +151,66 @@ def aot(
     # The references first, so that each row has its ratios when it is written.
     variants = {name: with_norm(base, name) for name in against} | {norm_name(base): base}
     figures: dict[int, dict[str, Figures]] = {batch: {} for batch in per_device_batch}
+    profiles: dict[tuple[int, str], tuple[Group, ...]] = {}
+    chip = CHIPS.get(topology.partition(":")[0]) if platform == "tpu" else None
     with Progress("compile", total=len(figures) * len(variants)) as progress:
         for number, (batch, name) in enumerate(itertools.product(figures, variants), start=1):
             progress.note(f"{name}, {batch} images a chip")
             variant = resized(variants[name], batch, micro)
             lowered = variant.experiment().lower(devices)
             trips = variant.batch.micro_batches(chips).count
-            figures[batch][name] = compile_lowered(lowered, chips=chips, trips=trips)._asdict()
+            compiled = compile_lowered(lowered, chips=chips, trips=trips, chip=chip)
+            figures[batch][name] = compiled._asdict()
+            profiles[batch, name] = figures[batch][name].pop("profile")
             progress.update(number)
             if json is not None:
                 write_json(json, figures if len(figures) > 1 else figures[batch])
-    where = topology if platform == "tpu" else "the CPU"
     for batch, of_batch in figures.items():
-        rows = rows_with_ratios(of_batch, topology=topology)
-        _print_tables(f"{recipe}, {where}, {batch} images a chip", rows)
+        _print_tables(f"{recipe}, {where}, {batch} images a chip", rows_with_ratios(of_batch))
+        if chip is not None and profile:
+            for name in of_batch:
+                _print_profile(f"{name}, {batch} images a chip", profiles[batch, name], chip)
+    if any(row["custom_calls"] for rows in figures.values() for row in rows.values()):
+        rich.print(
+            "Custom calls carry no estimate: each counts as 3,000 cycles, or as its bytes over the "
+            "memory's bandwidth."
+        )
 
 
-def rows_with_ratios(figures: Mapping[str, Figures], *, topology: str) -> list[dict[str, Any]]:
+def rows_with_ratios(figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
     """Returns one row for each normalization, with ratios to bn and bn_barrier if compiled."""
-    clock = _CLOCK.get(topology.partition(":")[0])
     rows = []
     for name, of_norm in figures.items():
-        cycles = of_norm["estimated_cycles"]
-        milliseconds = 1e3 * cycles / clock if cycles and clock else None
         ratios = {
             f"{field}/{reference}": of_norm[field] / figures[reference][field]
             for reference in _REFERENCES
             if reference in figures
             for field in _RATIOS
+            if of_norm[field] is not None
         }
-        rows.append({"norm": name, **of_norm, "estimated_ms": milliseconds, **ratios})
+        rows.append({"norm": name, **of_norm, **ratios})
     return rows
 
 
+def _print_profile(title: str, groups: Sequence[Group], chip: Chip) -> None:
+    rows = [
+        {
+            "module": group.path,
+            "est. ms": f"{1e3 * group.cycles / chip.clock:.3f}",
+            "operations": group.operations,
+            "small ones": group.small_operations,
+        }
+        for group in groups[:_PROFILED]
+    ]
+    if rows:
+        rich.print(table(f"Costliest modules: {title}", rows))
+
+
 def _print_tables(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    rich.print(table(title, rows, _COLUMNS))
+    known = {
+        key: shown for key, shown in _COLUMNS.items() if any(row[key] is not None for row in rows)
+    }
+    rich.print(table(title, rows, known))
     ratios: dict[str, Column] = {
         key: (f"{key.partition('_')[0]}\n/ {key.partition('/')[2]}", "{:.2f}".format)
         for key in rows[0]

@@ -4,12 +4,13 @@ The names here are for composing models; ``wsbcn_flax.models``, ``wsbcn_flax.tra
 ``wsbcn_flax.data`` are imported by name, so that importing the layers costs nothing more.
 """
 
-from wsbcn_flax.layers import BatchChannelNorm, WSConv, WSConvTranspose, WSDense
+from wsbcn_flax.layers import BatchChannelNorm, ChannelNorm, WSConv, WSConvTranspose, WSDense
 from wsbcn_flax.ops import batch_channel_norm, standardize
 from wsbcn_flax.transforms import WeightStandardization
 
 __all__ = [
     "BatchChannelNorm",
+    "ChannelNorm",
     "WSConv",
     "WSConvTranspose",
     "WSDense",

@@ -17,12 +17,14 @@ def forward(x):
     return batch_channel_norm(x, RunningStats.fresh(6), num_groups=2)[0]
 
 
-@pytest.mark.parametrize(("samples", "few"), [(1, True), (4, True), (5, False), (32, False)])
+@pytest.mark.parametrize(
+    ("samples", "few"), [(1, False), (2, True), (4, True), (5, False), (32, False)]
+)
 def test_on_one_device(samples, few):
     assert has_barrier(forward, samples) == few
 
 
-@pytest.mark.parametrize(("samples", "few"), [(8, True), (32, True), (40, False)])
+@pytest.mark.parametrize(("samples", "few"), [(8, False), (16, True), (32, True), (40, False)])
 def test_on_eight_devices(samples, few, mesh8):
     """A shard_map's batch is a device's own; a jit's is that of all of them."""
     manual = jax.shard_map(forward, mesh=mesh8, in_specs=P("data"), out_specs=P("data"))

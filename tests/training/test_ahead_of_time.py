@@ -1,4 +1,5 @@
 import importlib.metadata
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,10 @@ import pytest
 from wsbcn_flax.training.ahead_of_time import (
     count_collectives,
     device_bytes,
-    estimated_cycles,
+    estimated_operations,
+    gpu_devices,
+    gpu_kernels,
+    group_by_module,
     largest_that_fits,
     tpu_devices,
 )
@@ -25,23 +29,67 @@ def test_counts_each_collective_once():
     assert count_collectives(HLO) == {"all-reduce": 2, "all-gather": 1}
 
 
-def test_cycles_are_of_the_operations_that_run_and_of_loops_as_often_as_they_run():
-    program = """
+PROGRAM = """
 %fused (a: f32[8]) -> f32[8] {
   ROOT %add = f32[8]{0} add(%a, %a), backend_config={"estimated_cycles":"7"}
 }
 
 %body.1 (b: f32[8]) -> f32[8] {
-  ROOT %twice = f32[8]{0} fusion(%b), calls=%fused, backend_config={"estimated_cycles":"20"}
+  ROOT %twice = f32[8]{0} fusion(%b), calls=%fused, metadata={op_name="jit(step)/while/body/\
+jvp(Net)/block1/norm2/add" stack_frame_id=3}, backend_config={"estimated_cycles":"2000"}
 }
 
 ENTRY %main.2_spmd (c: f32[8]) -> f32[8] {
+  %c = bf16[1000,3072]{1,0:T(8,128)(2,1)} parameter(0)
   %loop = f32[8]{0} while(%c), condition=%enough, body=%body.1
+  %kernel.1 = (f32[8]{0:T(128)}, f32[]) custom-call(%c, %loop), custom_call_target="tpu_custom_call"
+  %kernel.2 = f32[8]{0} custom-call(%loop), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/transpose(jvp(Net))/block10/norm1/jvp(Net)/block10/norm1/dot"}
+  %moved = f32[8]{0} custom-call(%loop), custom_call_target="ConcatBitcast"
 
-  ROOT %last = f32[8]{0} fusion(%loop), backend_config={"estimated_cycles":"100"}
+  ROOT %last = f32[8]{0} fusion(%loop), backend_config={"estimated_cycles":"100000"}
+}
+""".replace("\\\n", "")
+
+
+def test_operations_are_those_that_run_and_those_of_loops_as_often_as_they_run():
+    """A fusion's inside, and a custom call that computes nothing, take no time of their own."""
+    found = estimated_operations(PROGRAM, trips=3, bytes_per_cycle=1000)
+    bytes_moved = 2 * 1000 * 3072 + 4 * 8 + 4 * 8 + 4
+    assert [(o.cycles, o.times, o.is_custom_call) for o in found] == [
+        (2000, 3, False),
+        (math.ceil(bytes_moved / 1000), 1, True),
+        (3000, 1, True),
+        (100000, 1, False),
+    ]
+
+
+def test_modules_that_differ_by_numbers_are_one_group():
+    found = estimated_operations(PROGRAM, trips=3, bytes_per_cycle=1000)
+    groups = {group.path: group for group in group_by_module(found)}
+    forward, backward = "forward while/body/Net/block*/norm*", "backward Net/block*/norm*"
+    assert groups[forward] == (forward, 6000, 3, 3)
+    assert groups[backward] == (backward, 3000, 1, 0)
+    assert next(iter(groups)) == "(no module)"
+
+
+def test_a_gpus_kernels_are_counted_with_what_they_move():
+    program = """
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  %a = bf16[8]{0} parameter(0)
+  %sums = (f32[2]{0}, f32[2]{0}) fusion(%a), kind=kInput, calls=%fused
+  %sum = f32[2]{0} get-tuple-element(%sums), index=0
+  %conv = (bf16[8]{0}, u8[0]{0}) custom-call(%a, %sum), custom_call_target="__cudnn$convForward"
+  %start = f32[2]{0} all-reduce-start(%sum), channel_id=1
+  ROOT %done = f32[2]{0} all-reduce-done(%start)
 }
 """
-    assert estimated_cycles(program, trips=3) == 100 + 3 * 20
+    assert gpu_kernels(program) == (16 + 16 + (16 + 16 + 8) + (8 + 8), 1, 1)
+
+
+def test_a_gpu_that_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match=r"one of a100, h100, received 'p100'"):
+        gpu_devices("p100")
 
 
 @pytest.mark.parametrize("installed", [None, "0.0.17"])

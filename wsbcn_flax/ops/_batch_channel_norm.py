@@ -13,7 +13,16 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from wsbcn_flax.ops._channel_norm import normalize_groups
+from wsbcn_flax.ops._channel_norm import (
+    ChannelMap,
+    MapOfChannels,
+    as_given,
+    groups_of,
+    normalize_groups,
+    row,
+    scale_and_bias,
+    tiled_for_few_samples,
+)
 from wsbcn_flax.ops._checks import (
     check_activation,
     check_channels,
@@ -22,13 +31,17 @@ from wsbcn_flax.ops._checks import (
     full_mask,
 )
 from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automatic_axes
-from wsbcn_flax.ops._moments import ChannelMoments, channel_moments, moments_about
+from wsbcn_flax.ops._moments import (
+    ChannelMoments,
+    is_far,
+    raw_moments,
+    second_pass,
+    typical_values,
+)
 
 Statistics = Literal["batch", "estimate"]
 Order = Literal["update_first", "normalize_first"]
 Rate = float | Callable[[jax.Array], jax.Array | float]
-
-_FEW = 4  # Samples on a device.
 
 
 class RunningStats(NamedTuple):
@@ -193,111 +206,131 @@ def _batch_channel_norm(
     dtype,
 ):
     mask = full_mask(mask, x)
-    if _few_on_a_device(x.shape[0]):
-        # XLA for TPU tiles so small a batch innermost, and then writes each broadcast [B, C] array
-        # out at the activation's size, unless a barrier stands before (libtpu 0.0.42).
-        x = lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
-    if x.dtype == jnp.bfloat16 and devices_that_share_arrays() == 1:
-        # A ResNet-50 step on a v5e is estimated at 0.91 of the time with moments about values of x,
-        # at 2 images. Not over global arrays: whether a mean is far off would be an all-reduce.
-        scale = epsilon if statistics == "batch" else running.var + epsilon
-        floor = epsilon * jnp.broadcast_to(scale, running.var.shape)
-        moments = moments_about(x, running.mean, mask=mask, floor=floor)
-    else:
-        moments = channel_moments(x, mask=mask)
-    computed = moments.mean.dtype
-    if statistics == "batch":
-        center, var, new = _batch_statistics(moments, running, rate, axis_name)
-    else:
-        new = running
-        if statistics == "estimate":
-            new = _updated_estimates(moments, running, rate, axis_name)
-        used = new if order == "update_first" else running
-        center, var = moments.shift - used.mean.astype(computed)[None], used.var.astype(computed)
-
-    slope = lax.rsqrt(var + epsilon)[None]
-    if batch_scale is not None:
-        slope = slope * batch_scale.astype(computed)[None]
-    constant = jnp.zeros_like(slope)
-    if batch_bias is not None:
-        constant = batch_bias.astype(computed)[None]
-    y = normalize_groups(
+    x = tiled_for_few_samples(x)
+    # A ResNet-50 step on a v5e is estimated at 0.91 of the time with moments about values that are
+    # known beforehand, at 2 images. Not over global arrays, where whether a mean is far off would
+    # be an all-reduce.
+    may_be_far = x.dtype == jnp.bfloat16 and devices_that_share_arrays() == 1
+    about = running.mean[None] if may_be_far else typical_values(x, mask)
+    moments = raw_moments(x, about, mask)
+    step = jnp.asarray(rate(running.count) if callable(rate) else rate, running.mean.dtype)
+    constants = step[None, None]
+    of_channels = (running.mean, running.var, batch_scale, batch_bias, channel_scale, channel_bias)
+    parameters = tuple(map(row, of_channels))
+    options = statistics, order, axis_name, epsilon
+    map_of_channels: MapOfChannels = functools.partial(_map_of_channels, *options)
+    new = None
+    if statistics == "batch" or axis_name is not None:
+        # Statistics that have gradients, or that devices average, are not for a kernel.
+        if may_be_far:
+            far = is_far(moments.moments(), jnp.full_like(about, epsilon**2))[0, 0] > 0
+            near = moments._replace(shift=jnp.broadcast_to(moments.shift, moments.mean.shape))
+            moments = lax.cond(far, lambda: second_pass(x, near, mask), lambda: near)
+        groups = groups_of(num_groups, x.shape[-1])
+        parameters, new = map_of_channels(moments.moments(), constants, parameters, groups)
+        map_of_channels, constants, may_be_far = as_given, (), False
+    y, updated = normalize_groups(
         x,
         moments,
-        slope,
-        center,
-        constant,
-        channel_scale,
-        channel_bias,
+        map_of_channels,
+        constants,
+        parameters,
         num_groups=num_groups,
         epsilon=epsilon,
         mask=mask,
         dtype=dtype,
+        may_be_far=may_be_far,
     )
-    return y, new
+    if statistics == "running":
+        return y, running
+    mean, var, any_valid = updated if new is None else new
+    count = running.count + any_valid.reshape(()).astype(running.count.dtype)
+    return y, RunningStats(mean[0], var[0], count)
 
 
-def _few_on_a_device(samples: int) -> bool:
-    """Whether each device of the current mesh holds at most ``_FEW`` samples."""
-    # The batch of an exported program may be symbolic.
-    return isinstance(samples, int) and samples <= _FEW * devices_that_share_arrays()
+def _map_of_channels(statistics, order, axis_name, epsilon, moments, step, parameters, groups):
+    """The batch part as a map of channels, with new statistics: mean, var and whether any counts.
+
+    All arrays are matrices, [1 or B, C].
+    """
+    computed = moments.mean.dtype
+    mean, var, batch_scale, batch_bias, *channel_part = parameters
+    running = mean, var, step
+    if statistics == "batch":
+        center, var, new = _batch_statistics(moments, running, axis_name)
+    else:
+        new = ()
+        if statistics == "estimate":
+            new = _updated_estimates(moments, running, axis_name)
+        used_mean, used_var = new[:2] if order == "update_first" and new else (mean, var)
+        center, var = moments.shift - used_mean.astype(computed), used_var.astype(computed)
+    slope = lax.rsqrt(var + epsilon)
+    if batch_scale is not None:
+        slope = slope * batch_scale.astype(computed)
+    constant = jnp.zeros_like(slope) if batch_bias is None else batch_bias.astype(computed)
+    scale, bias = scale_and_bias(channel_part, slope, groups)
+    floor = lax.stop_gradient(epsilon * (var + epsilon))
+    return ChannelMap(center, slope, constant, scale, bias, floor), new
 
 
-def _updated_estimates(moments, running, rate, axis_name) -> RunningStats:
+def _updated_estimates(moments, running, axis_name):
     """Algorithm 1's estimates: both moments about the old mean, so that they are averages."""
-    old = running.mean.astype(moments.mean.dtype)
-    (distance, square), any_valid = _average_about(old, moments, axis_name)
-    return _advance(running, rate, any_valid, old + distance, square)
+    old = running[0].astype(moments.mean.dtype)
+    distance, square, any_valid = _average_about(old, moments, axis_name)
+    return _advance(running, any_valid, old + distance, square)
 
 
-def _batch_statistics(moments, running, rate, axis_name):
+def _batch_statistics(moments, running, axis_name):
     """This batch's own mean and variance, with gradients, and the running statistics after it.
 
-    Returns the shift less the mean, [B, C], the variance, [C], and the running statistics. The mean
-    is taken twice, the second time about the first: the one rounded at its full size is too coarse
-    for a channel that hardly varies.
+    Returns the shift less the mean, [B, C], the variance, [1, C], and the running statistics. The
+    mean is taken twice, the second time about the first: the one rounded at its full size is too
+    coarse for a channel that hardly varies.
     """
-    old = running.mean.astype(moments.mean.dtype)
-    (distance, _), _ = _average_about(old, moments, axis_name)
+    old = running[0].astype(moments.mean.dtype)
+    distance, _, _ = _average_about(old, moments, axis_name)
     about = lax.stop_gradient(old + distance)
-    (rest, square), any_valid = _average_about(about, moments, axis_name)
+    rest, square, any_valid = _average_about(about, moments, axis_name)
     var = jnp.maximum(square - lax.square(rest), 0)
-    new = _advance(running, rate, any_valid, about + rest, var)
-    return (moments.shift - about[None]) - rest[None], var, new
+    new = _advance(running, any_valid, about + rest, var)
+    return (moments.shift - about) - rest, var, new
 
 
 def _average_about(center, moments: ChannelMoments, axis_name):
     """Averages E[x] - center and E[(x - center)^2] over all samples, by their counts.
 
-    Returns both, [2, C], and whether any position was valid.
+    Returns both, [1, C], and whether any position was valid, [1, 1].
     """
-    distance = moments.mean + (moments.shift - center[None])
+    distance = moments.mean + (moments.shift - center)
     values = distance, moments.var + lax.square(distance)
     if moments.weight is None:
-        means = [jnp.mean(value, 0) for value in values]
-        return means if axis_name is None else lax.pmean(jnp.stack(means), axis_name), True
-    # One vector, so that devices with unequal counts still need one all-reduce.
-    sums = jnp.stack([jnp.sum(value * moments.weight, 0) for value in values])
-    packed = jnp.append(sums.ravel(), jnp.sum(moments.weight))
-    packed = packed if axis_name is None else lax.psum(packed, axis_name)
-    total = packed[-1]
-    return packed[:-1].reshape(sums.shape) / jnp.where(total > 0, total, 1), total > 0
+        means = [jnp.mean(value, 0, keepdims=True) for value in values]
+        if axis_name is not None:
+            means = lax.pmean(jnp.stack(means), axis_name)
+        return *means, jnp.ones((1, 1), bool)
+    sums = [jnp.sum(value * moments.weight, 0, keepdims=True) for value in values]
+    total = jnp.sum(moments.weight, keepdims=True)
+    if axis_name is not None:
+        # One vector, so that devices with unequal counts still need one all-reduce.
+        packed = lax.psum(jnp.concatenate([*sums, total], 1), axis_name)
+        *sums, total = lax.split(packed, (*(value.shape[1] for value in values), 1), 1)
+    count = jnp.where(total > 0, total, 1)
+    return sums[0] / count, sums[1] / count, total > 0
 
 
-def _advance(running: RunningStats, rate: Rate, any_valid, mean, var) -> RunningStats:
+def _advance(running, any_valid, mean, var):
     """Moves the running statistics towards ``mean`` and ``var``.
 
     Not at all without valid data, and not a channel whose new moments are not finite: they would
     stay in the state for ever.
     """
-    dtype = running.mean.dtype
-    step = jnp.asarray(rate(running.count) if callable(rate) else rate, dtype)
-    mean, var = (lax.stop_gradient(value).astype(dtype) for value in (mean, var))
+    old_mean, old_var, step = running
+    mean, var = (lax.stop_gradient(value).astype(old_mean.dtype) for value in (mean, var))
     moves = any_valid & jnp.isfinite(var)  # It is not finite where the mean is not.
-    return RunningStats(
-        jnp.where(moves, running.mean + step * (mean - running.mean), running.mean),
-        jnp.where(moves, running.var + step * (var - running.var), running.var),
-        running.count + jnp.asarray(any_valid, running.count.dtype),
+    return (
+        jnp.where(moves, old_mean + step * (mean - old_mean), old_mean),
+        jnp.where(moves, old_var + step * (var - old_var), old_var),
+        any_valid.astype(old_mean.dtype),
     )
 
 

@@ -1,6 +1,9 @@
 """Channel normalization after a map of every channel: the form all normalizations here take."""
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +13,26 @@ from wsbcn_flax.ops._checks import check_activation, check_groups, check_mask, f
 from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automatic_axes
 from wsbcn_flax.ops._moments import (
     ChannelMoments,
+    RawMoments,
     at_positions,
-    channel_moments,
     distance_from,
-    moment_tangents,
+    is_far,
+    raw_moments,
+    second_pass,
+    tangent_sums,
+    tangents_of_moments,
     typical_values,
     without_padding,
 )
+from wsbcn_flax.ops._one_kernel import (
+    fit_at_once,
+    in_one_kernel,
+    linear_with_kernel,
+    only,
+    whole_kernel,
+)
+
+_FEW = 4  # Samples on a device.
 
 
 def channel_norm(
@@ -27,6 +43,7 @@ def channel_norm(
     num_groups: int,
     epsilon: float = 1e-5,
     mask: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes each group of channels of each sample over its positions and channels.
 
@@ -43,9 +60,10 @@ def channel_norm(
         num_groups: Number of groups, which divides C and leaves each more than one value.
         epsilon: added to the variance.
         mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
+        dtype: Output dtype; defaults to the dtype of ``x``.
 
     Returns:
-        An array of x's shape and dtype.
+        An array of x's shape.
 
     Raises:
         TypeError: If x is not floating-point, or ``num_groups`` no whole number.
@@ -66,44 +84,112 @@ def channel_norm(
     check_activation(x, caller="channel_norm")
     check_groups(x.shape, num_groups, caller="channel_norm")
     check_mask(mask, x, caller="channel_norm")
-    normalize = functools.partial(_channel_norm, num_groups=num_groups, epsilon=epsilon)
+    normalize = functools.partial(
+        _channel_norm,
+        num_groups=num_groups,
+        epsilon=epsilon,
+        dtype=x.dtype if dtype is None else dtype,
+    )
     return with_automatic_axes(normalize, (x, scale, bias, mask), like=x)
 
 
-def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon):
+def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon, dtype):
     mask = full_mask(mask, x)
+    x = tiled_for_few_samples(x)
     # One shift for each group: all that is subtracted below is then near zero.
-    shift = _spread(_group_mean(typical_values(x, mask), num_groups), x.shape[-1])
-    moments = channel_moments(x, shift=shift, mask=mask)
-    return normalize_groups(
+    shift = groups_of(num_groups, x.shape[-1]).average(typical_values(x, mask))
+    y, _ = normalize_groups(
         x,
-        moments,
-        jnp.ones((1, x.shape[-1]), shift.dtype),
-        jnp.zeros((1, x.shape[-1]), shift.dtype),
-        jnp.zeros((1, x.shape[-1]), shift.dtype),
-        scale,
-        bias,
+        raw_moments(x, shift, mask),
+        _identity_of_channels,
+        (),
+        (row(scale), row(bias)),
         num_groups=num_groups,
         epsilon=epsilon,
         mask=mask,
-        dtype=x.dtype,
+        dtype=dtype,
     )
+    return y
+
+
+def tiled_for_few_samples(x: jax.Array) -> jax.Array:
+    """X, behind a barrier where each device of the current mesh holds 2 to ``_FEW`` samples.
+
+    XLA for TPU tiles so small a batch innermost, and then writes each broadcast [B, C] array out at
+    the activation's size, unless a barrier stands before (libtpu 0.0.42). A single sample needs no
+    such array; there the barrier would only keep the moments out of the convolution.
+    """
+    devices, samples = devices_that_share_arrays(), x.shape[0]
+    # The batch of an exported program may be symbolic.
+    if not isinstance(samples, int) or not devices < samples <= _FEW * devices:
+        return x
+    return lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
+
+
+class Groups(NamedTuple):
+    """Arithmetic on the groups of channels.
+
+    Attributes:
+        average: [B, C] -> [B, C], each channel's value that of its group's mean.
+        spread: [B, num_groups] -> [B, C], each group's value for each of its channels.
+    """
+
+    average: Callable[[jax.Array], jax.Array]
+    spread: Callable[[jax.Array], jax.Array]
+
+
+class ChannelMap(NamedTuple):
+    """A map y = slope (x - shift + center) + constant of channels, and what follows its groups.
+
+    All are [1 or B, C]: ``scale`` and ``bias`` are the channel part's, and ``floor`` the variance
+    of x below which a channel's need not be exact.
+    """
+
+    center: jax.Array
+    slope: jax.Array
+    constant: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+    floor: jax.Array
+
+
+# (moments, constants, parameters, groups) -> (map, auxiliary results). What it computes, and its
+# derivative with respect to parameters, are part of the kernel on a TPU: it takes and returns
+# matrices, and its only sums are over samples.
+MapOfChannels = Callable[[ChannelMoments, Any, Any, Groups], tuple[ChannelMap, Any]]
+
+
+def _identity_of_channels(moments, constants, parameters, groups):
+    one = jnp.ones((1, moments.mean.shape[-1]), moments.mean.dtype)
+    return ChannelMap(0 * one, one, 0 * one, *scale_and_bias(parameters, one, groups), one), ()
+
+
+def scale_and_bias(parameters, like: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+    """The channel part's scale and bias [1, C], from [1, C], [1, num_groups] or None."""
+
+    def of_channels(value, default):
+        if value is None:
+            return jnp.full_like(like, default)
+        value = value.astype(like.dtype)
+        return value if value.shape == like.shape else groups.spread(value)
+
+    scale, bias = parameters
+    return of_channels(scale, 1), of_channels(bias, 0)
 
 
 def normalize_groups(
     x: jax.Array,
-    moments: ChannelMoments,
-    slope: jax.Array,
-    center: jax.Array,
-    constant: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
+    moments: RawMoments,
+    map_of_channels: MapOfChannels,
+    constants: Any,
+    parameters: Any,
     *,
     num_groups: int,
     epsilon: float,
     mask: jax.Array | None,
     dtype: jax.typing.DTypeLike,
-) -> jax.Array:
+    may_be_far: bool = False,
+) -> tuple[jax.Array, Any]:
     """Channel normalization of y = slope (x - shift + center) + constant, by the moments of x.
 
     With offset = slope center + constant, the mean and var of x - shift, and
@@ -119,87 +205,270 @@ def normalize_groups(
     Args:
         x: [B, ..., C].
         moments: Moments of x, with the same mask. Their part in the derivative is added to x's.
-        slope: [1, C].
-        center: [1 or B, C].
-        constant: [1, C].
-        scale: [C] or [num_groups], or None for one.
-        bias: [C] or [num_groups], or None for zero.
+        map_of_channels: Computes the map and auxiliary results.
+        constants: Matrices for ``map_of_channels`` that have no gradient.
+        parameters: Matrices for ``map_of_channels`` that have.
         num_groups: divides C.
         epsilon: added to the group's variance.
         mask: as ``moments`` was given; masked positions count as zero.
         dtype: Output dtype.
+        may_be_far: Whether the moments' shift may be so far from some mean that a second pass over
+            x must take them anew.
+
+    Returns:
+        The output and the auxiliary results, which have no gradient.
     """
-    features = x.shape[-1]
-    scale = _per_channel(scale, 1, features, num_groups, moments.mean.dtype, "scale")
-    bias = _per_channel(bias, 0, features, num_groups, moments.mean.dtype, "bias")
-    affine = slope, constant, scale, bias
     if devices_that_share_arrays() > 1:
+        groups = groups_of(num_groups, x.shape[-1])
+        channel_map, aux = map_of_channels(moments.moments(), constants, parameters, groups)
         # As one array, so that their gradients are summed over samples, and devices, as one: XLA
         # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
+        center, *affine, floor = channel_map
         affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.mean.shape))
         affine = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
-    affine = (jnp.broadcast_to(part, moments.mean.shape) for part in affine)
-    center = jnp.broadcast_to(center, moments.mean.shape)
-    return _normalize(num_groups, epsilon, jnp.dtype(dtype), x, mask, moments, (center, *affine))
+        map_of_channels, constants = as_given, ()
+        parameters = ChannelMap(center, *affine, floor)
+    static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
+    y, of_map = _normalize(*static, x, mask, moments, constants, parameters)
+    return y, aux if devices_that_share_arrays() > 1 else of_map
 
 
-# A rule of its own, linear in the tangents of x and of the affine map: autodiff of the formula
+def as_given(moments, constants, parameters, groups):
+    """A map of channels that is known."""
+    return parameters, ()
+
+
+# A rule of its own, linear in the tangents of x and of the parameters: autodiff of the formula
 # leaves arithmetic on [B, C] arrays inside the loop over x. It ignores the tangents of the moments,
 # which it takes from that of x, so that one pass over x serves all.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _normalize(num_groups, epsilon, dtype, x, mask, moments, affine):
-    slope, offset, _ = _map(num_groups, epsilon, moments.mean, moments.var, affine)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _normalize(
+    map_of_channels, num_groups, epsilon, may_be_far, dtype, x, mask, moments, constants, parameters
+):
+    static = map_of_channels, num_groups, epsilon, may_be_far
+    slope, offset, moments, aux = _coefficients(*static, x, mask, moments, constants, parameters)
+    return _apply(x, mask, moments, slope, offset, dtype), aux
+
+
+@_normalize.defjvp
+def _normalize_jvp(map_of_channels, num_groups, epsilon, may_be_far, dtype, primals, tangents):
+    static = map_of_channels, num_groups, epsilon
+    x, mask, _, *arguments = primals
+    slope, offset, moments, aux = _coefficients(*static, may_be_far, *primals)
+    y = _apply(x, mask, moments, slope, offset, dtype)
+    # A checkpoint, since autodiff would keep x - shift in float32 beside x.
+    push_forward = jax.checkpoint(functools.partial(_push_forward, *static), prevent_cse=False)
+    pushed = push_forward(x, mask, moments, *arguments, slope, tangents[0], tangents[4])
+    return (y, aux), (pushed.astype(dtype), jax.tree.map(jnp.zeros_like, aux))
+
+
+def _apply(x, mask, moments, slope, offset, dtype):
     distance = distance_from(moments.shift, x, mask)
     return (distance * at_positions(slope, x) + at_positions(offset, x)).astype(dtype)
 
 
-@_normalize.defjvp
-def _normalize_jvp(num_groups, epsilon, dtype, primals, tangents):
-    x, mask, moments, affine = primals
-    y = _normalize(num_groups, epsilon, dtype, *primals)
-    # A checkpoint, since autodiff would keep x - shift in float32 beside x.
-    push_forward = jax.checkpoint(
-        functools.partial(_push_forward, num_groups, epsilon), prevent_cse=False
-    )
-    return y, push_forward(x, mask, moments, affine, tangents[0], tangents[3]).astype(dtype)
-
-
-def _push_forward(num_groups, epsilon, x, mask, moments, affine, x_tangent, affine_tangent):
+def _push_forward(
+    map_of_channels,
+    num_groups,
+    epsilon,
+    x,
+    mask,
+    moments,
+    constants,
+    parameters,
+    slope,
+    x_tangent,
+    parameter_tangents,
+):
     """The tangent of y = (x - shift) slope + offset, both of which depend on x by its moments.
 
     Its transpose, which reverse mode takes, is one pass that sums the cotangent g and g (x - shift)
     over positions, arithmetic on [B, C] arrays, and one elementwise pass.
     """
-    evaluate = functools.partial(_map, num_groups, epsilon)
-    _, _, std = evaluate(moments.mean, moments.var, affine)
-    (slope, _, _), (slope_tangent, offset_tangent, _) = jax.jvp(
-        evaluate,
-        (moments.mean, moments.var, affine),
-        (*moment_tangents(x, mask, moments, x_tangent, scale=std), affine_tangent),
-    )
     distance = distance_from(moments.shift, x, mask)
-    changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
+    static = map_of_channels, num_groups, epsilon, math.prod(x.shape[1:-1])
+    push, residuals = (
+        functools.partial(_coefficient_tangents, *static),
+        (moments, constants, parameters),
+    )
+    if fit_at_once(residuals):
+        pull = functools.partial(_pulled_by_kernel, static)
+        push = functools.partial(linear_with_kernel, push, pull)
+    sums = tangent_sums(tangent, distance, mask)
+    slope_tangent, offset_tangent = push(residuals, (*sums, parameter_tangents))
+    changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
     return tangent * at_positions(slope, x) + changed
 
 
-def _map(num_groups, epsilon, mean, var, affine):
+def _coefficients(
+    map_of_channels, num_groups, epsilon, may_be_far, x, mask, moments, constants, parameters
+):
+    """Slope and offset of y as a function of x - shift, [B, C], the moments, and aux."""
+    evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, may_be_far)
+    plain, arguments = functools.partial(evaluate, groups_of), (moments, constants, parameters)
+    run = plain
+    if fit_at_once(arguments):
+        kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
+        run = functools.partial(in_one_kernel, plain, kernel)
+    slope, offset, shift, far, aux = run(*arguments)
+    if not may_be_far:
+        return slope, offset, moments, aux
+
+    def from_the_means():
+        again = second_pass(x, moments, mask)
+        slope, offset, _, _, aux = plain(again, constants, parameters)
+        return slope, offset, again, aux
+
+    near = slope, offset, moments._replace(shift=shift), aux
+    return lax.cond(far[0, 0] > 0, from_the_means, lambda: near)
+
+
+def _evaluate(map_of_channels, num_groups, epsilon, may_be_far, groups, raw, constants, parameters):
+    """Slope, offset, and, if it may be far, the shift, [B, C] each, and whether it is; aux."""
+    moments = raw.moments()
+    groups = groups(num_groups, moments.mean.shape[-1])
+    channel_map, aux = map_of_channels(moments, constants, parameters, groups)
+    slope, offset, _ = _map(groups, epsilon, moments.mean, moments.var, channel_map)
+    if not may_be_far:
+        return slope, offset, (), (), aux
+    shift = jnp.broadcast_to(moments.shift, moments.mean.shape)
+    return slope, offset, shift, is_far(moments, channel_map.floor), aux
+
+
+def _map(groups, epsilon, mean, var, channel_map):
     """Slope and offset of y as a function of x - shift, and the group's std, all [B, C].
 
     Every coefficient of x, here and in the derivative, ends in a division by std: XLA for CPU
     repeats a cheap operation for each element of x, that of group indices included, but no
     division.
     """
-    center, slope, constant, scale, bias = affine
-    features = mean.shape[-1]
+    slope, d, _, std = _deviations(groups, epsilon, mean, var, channel_map)
+    scale, bias = channel_map.scale, channel_map.bias
+    return slope * scale / std, (d * scale + bias * std) / std, std
+
+
+def _deviations(groups, epsilon, mean, var, channel_map):
+    """The slope, d, slope mean + d, and the group's std, all [B, C]."""
+    center, slope, constant = (jnp.broadcast_to(part, mean.shape) for part in channel_map[:3])
     offset = slope * center + constant
     # Only differences within a group matter. Where a running mean is far off they are small numbers
     # beside large ones, which are subtracted first.
     offset = offset - lax.stop_gradient(offset[:, :1])
-    d = offset - _spread(_group_mean(slope * mean + offset, num_groups), features)
-    square = jnp.square(slope) * var + jnp.square(slope * mean + d)
-    std = _spread(jnp.sqrt(_group_mean(square, num_groups) + epsilon), features)
-    return slope * scale / std, (d * scale + bias * std) / std, std
+    d = offset - groups.average(slope * mean + offset)
+    centred = slope * mean + d
+    square = jnp.square(slope) * var + jnp.square(centred)
+    return slope, d, centred, jnp.sqrt(groups.average(square) + epsilon)
+
+
+def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals, linear):
+    """The tangents of slope and offset, from two sums over x and those of the parameters."""
+    raw, constants, parameters = residuals
+    total, along, parameter_tangents = linear
+    moments, groups = raw.moments(), groups_of(num_groups, raw.mean.shape[-1])
+
+    def evaluate(mean, var, parameters):
+        at = moments._replace(mean=mean, var=var)
+        channel_map, _ = map_of_channels(at, constants, parameters, groups)
+        return _map(groups, epsilon, mean, var, channel_map)
+
+    primals = moments.mean, moments.var, parameters
+    tangents = tangents_of_moments(total, along, moments, count, scale=evaluate(*primals)[2])
+    return jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1][:2]
+
+
+def _pulled_by_kernel(static, wanted, residuals, cotangents):
+    def pulled(*arguments):
+        return only(wanted, _pulled_coefficients(*static, *arguments))
+
+    return whole_kernel(pulled, residuals, cotangents)
+
+
+def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals, cotangents):
+    """The transpose of ``_coefficient_tangents``, in closed form, for a kernel.
+
+    With s, o the cotangents of y's slope and offset, q that of the group's std^2, for each channel
+    and averaged over the group, and m = slope mean + d, which is zero on average:
+
+        q   = -E[(s slope + o d) scale] / (2 std^3)
+        d'  = o scale / std + 2 q m - E[o scale / std]                  that of the offset
+        var' = q slope^2,    mean' = slope (2 q m - E[o scale / std])
+        slope' = s scale / std + 2 q slope var + mean (2 q m - E[o scale / std]) + d' center
+    """
+    raw, constants, parameters = residuals
+    of_slope, of_offset = cotangents
+    moments = raw.moments()
+    mean, var = moments.mean, moments.var
+    groups = groups_in_kernel(num_groups, mean.shape[-1])
+    channel_map, pull = jax.vjp(
+        lambda parameters: map_of_channels(moments, constants, parameters, groups)[0], parameters
+    )
+    slope, d, centred, std = _deviations(groups, epsilon, mean, var, channel_map)
+    center, scale = channel_map.center, channel_map.scale
+    of_scale = (of_slope * slope + of_offset * d) / std
+    of_square = groups.average(of_scale * scale) / (-2 * jnp.square(std))
+    of_d = of_offset * scale / std
+    of_mean_by_slope = 2 * of_square * centred - groups.average(of_d)
+    of_constant = of_d + of_mean_by_slope
+    of_map = ChannelMap(
+        of_constant * slope,
+        of_slope * scale / std
+        + 2 * of_square * slope * var
+        + of_mean_by_slope * mean
+        + of_constant * center,
+        of_constant,
+        of_scale,
+        of_offset,
+        jnp.zeros_like(of_scale),
+    )
+    (of_parameters,) = pull(
+        jax.tree.map(
+            lambda part, cotangent: (
+                cotangent if part.shape == cotangent.shape else jnp.sum(cotangent, 0, keepdims=True)
+            ),
+            channel_map,
+            of_map,
+        )
+    )
+    of_mean, of_var = slope * of_mean_by_slope, jnp.square(slope) * of_square
+    if moments.weight is not None:
+        count = jnp.where(moments.weight > 0, moments.weight, 1)
+    return (of_mean - 2 * mean * of_var) / count, 2 * of_var / count, of_parameters
+
+
+def groups_of(num_groups: int, features: int) -> Groups:
+    """Groups of ``features`` channels."""
+    mean = functools.partial(_group_mean, num_groups=num_groups)
+    spread = functools.partial(_spread, features=features)
+    return Groups(lambda values: spread(mean(values)), spread)
+
+
+def groups_in_kernel(num_groups: int, features: int) -> Groups:
+    """The same in operations that Pallas has for TPU.
+
+    Sums over channels are products with a matrix of zeros and ones, exact in one pass for each of
+    three parts in bfloat16 that a number in float32 is the sum of.
+    """
+    size = features // num_groups
+
+    def product(values, contracted):
+        channel = lax.broadcasted_iota(jnp.int32, (num_groups, features), 1)
+        first = size * lax.broadcasted_iota(jnp.int32, (num_groups, features), 0)
+        member = ((channel >= first) & (channel < first + size)).astype(jnp.bfloat16)
+        dimensions = ((1,), (contracted,)), ((), ())
+        total = jnp.zeros((values.shape[0], member.shape[1 - contracted]), values.dtype)
+        for _ in range(3):
+            part = values.astype(jnp.bfloat16)
+            values = values - part.astype(values.dtype)
+            total += lax.dot_general(part, member, dimensions, preferred_element_type=total.dtype)
+        return total
+
+    @jax.custom_vjp
+    def spread(values):
+        return product(values, 0)
+
+    spread.defvjp(lambda values: (spread(values), ()), lambda _, of: (product(of, 1),))
+    return Groups(lambda values: product(product(values, 1) / size, 0), spread)
 
 
 def _group_mean(values: jax.Array, num_groups: int) -> jax.Array:
@@ -237,17 +506,6 @@ def _product(values: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.matmul(values, matrix, precision=lax.Precision.HIGHEST)
 
 
-def _per_channel(
-    value: jax.Array | None, default: float, features: int, num_groups: int, dtype, name: str
-) -> jax.Array:
-    """``value`` as [1, C], whichever of [C] and [num_groups] its length is."""
-    if value is None:
-        return jnp.full((1, features), default, dtype)
-    if value.shape == (features,):
-        return value.astype(dtype)[None]
-    if value.shape == (num_groups,):
-        return _spread(value.astype(dtype)[None], features)
-    raise ValueError(
-        f"The channel part's {name} must have one value per group, ({num_groups},), or per "
-        f"channel, ({features},), received shape {value.shape}."
-    )
+def row(value: jax.Array | None) -> jax.Array | None:
+    """[C] -> [1, C]."""
+    return None if value is None else value[None]

@@ -74,86 +74,94 @@ def channel_moments(
     elif shift.ndim != 2:
         check_channels(x.shape[-1], caller="channel_moments", shift=shift)
         shift = shift[None]
-    return _moments_from(x, shift, None, mask)
+    return raw_moments(x, shift, mask).moments()
 
 
-def moments_about(
-    x: jax.Array, shift: jax.Array, *, mask: jax.Array | None, floor: jax.Array
-) -> ChannelMoments:
-    """``channel_moments`` about a shift [C] that is known beforehand, in one pass if it is near.
+class RawMoments(NamedTuple):
+    """Means of one pass over an activation: x - shift and its square, [B, C] each.
 
-    Where it is so far from some mean that float32 would lose that channel's variance to
-    cancellation, a second pass takes all moments about the means just found.
-
-    Args:
-        x: [B, ..., C].
-        shift: Values near the channels' means, as running means are after some steps.
-        mask: As ``channel_moments`` takes it.
-        floor: Variance [C] below which a channel's need not be exact.
+    ``shift`` [1 or B, C] and ``weight`` [B, 1] are those of ``ChannelMoments``.
     """
-    return _moments_from(x, shift[None], floor, full_mask(mask, x))
+
+    shift: jax.Array
+    mean: jax.Array
+    square: jax.Array
+    weight: jax.Array | None = None
+
+    def moments(self) -> ChannelMoments:
+        """Mean and variance."""
+        var = jnp.maximum(self.square - lax.square(self.mean), 0)
+        return ChannelMoments(self.shift, self.mean, var, self.weight)
 
 
-def _moments_from(x, shift, floor, mask) -> ChannelMoments:
+def is_far(moments: ChannelMoments, floor: jax.Array) -> jax.Array:
+    """Whether float32 loses some channel's variance to cancellation, 0 or 1, [1, 1].
+
+    So it does where the shift is far from the mean. Variances below ``floor`` [1, C] need not be
+    exact.
+    """
+    far = lax.square(moments.mean) > _FAR * (moments.var + floor)
+    return jnp.max(jnp.where(far, 1.0, 0.0), keepdims=True)
+
+
+def second_pass(x: jax.Array, raw: RawMoments, mask: jax.Array | None) -> RawMoments:
+    """The moments about the means that a first pass found."""
+    return raw_moments(x, raw.shift + raw.mean, mask)
+
+
+def raw_moments(x: jax.Array, shift: jax.Array, mask: jax.Array | None) -> RawMoments:
+    """The moments of x [B, ..., C] about a shift [1 or B, C]; the mask is full."""
     shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
     weight = None if mask is None else jnp.sum(mask, tuple(range(1, x.ndim - 1)))
-    shift, mean, var = _moments(x, shift, floor, mask, weight)
-    return ChannelMoments(shift, mean, var, weight)
+    return RawMoments(shift, *_means(x, shift, mask, weight), weight)
 
 
 # A rule of its own: autodiff would keep x - shift in float32 beside x.
 @jax.custom_jvp
-def _moments(x, shift, floor, mask, weight):
-    mean, var = _mean_and_var(x, shift, mask, weight)
-    if floor is None:
-        return shift, mean, var
-    floor = lax.stop_gradient(floor.astype(var.dtype))[None]
-    is_far = jnp.any(lax.square(mean) > _FAR * (var + floor))
-    shift = shift + jnp.zeros_like(mean)  # Of one type in both branches, in a shard_map as well.
-
-    def about_the_means():
-        return shift + mean, *_mean_and_var(x, shift + mean, mask, weight)
-
-    return lax.cond(is_far, about_the_means, lambda: (shift, mean, var))
-
-
-@_moments.defjvp
-def _moments_jvp(primals, tangents):
-    x, _, _, mask, weight = primals
-    shift, mean, var = _moments(*primals)
-    push_forward = jax.checkpoint(moment_tangents, prevent_cse=False)
-    pushed = push_forward(x, mask, ChannelMoments(shift, mean, var, weight), tangents[0])
-    return (shift, mean, var), (jnp.zeros_like(shift), *pushed)
-
-
-def _mean_and_var(x, shift, mask, weight):
+def _means(x, shift, mask, weight):
     axes = tuple(range(1, x.ndim - 1))
     distance = distance_from(shift, x, mask)
     if mask is None:
-        mean, square = jnp.mean(distance, axes), jnp.mean(lax.square(distance), axes)
-    else:
+        return jnp.mean(distance, axes), jnp.mean(lax.square(distance), axes)
+    count = jnp.where(weight > 0, weight, 1)
+    mean = jnp.sum(mask * distance, axes) / count
+    return mean, jnp.sum(mask * lax.square(distance), axes) / count
+
+
+@_means.defjvp
+def _means_jvp(primals, tangents):
+    push_forward = jax.checkpoint(_mean_tangents, prevent_cse=False)
+    return _means(*primals), push_forward(*primals, tangents[0])
+
+
+def _mean_tangents(x, shift, mask, weight, x_tangent):
+    """The tangents E[t] and 2 E[(x - shift) t]."""
+    distance = distance_from(shift, x, mask)
+    tangent = without_padding(x_tangent.astype(distance.dtype), mask)
+    total, along = tangent_sums(tangent, distance, mask)
+    count = math.prod(x.shape[1:-1])
+    if weight is not None:
         count = jnp.where(weight > 0, weight, 1)
-        mean = jnp.sum(mask * distance, axes) / count
-        square = jnp.sum(mask * lax.square(distance), axes) / count
-    return mean, jnp.maximum(square - lax.square(mean), 0)
+    return total / count, 2 * along / count
 
 
-def moment_tangents(
-    x, mask, moments: ChannelMoments, x_tangent, *, scale: jax.Array | float = 1.0
+def tangent_sums(tangent, distance, mask) -> tuple[jax.Array, jax.Array]:
+    """Sums of a tangent t and of t (x - shift) over positions that count, [B, C]."""
+    axes = tuple(range(1, tangent.ndim - 1))
+    tangent = tangent if mask is None else mask * tangent
+    return jnp.sum(tangent, axes), jnp.sum(tangent * distance, axes)
+
+
+def tangents_of_moments(
+    total, along, moments: ChannelMoments, count, *, scale: jax.Array | float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangents of mean and var: E[t] and 2 E[(x - shift - mean) t], from two sums of one pass.
+    """The tangents of mean and var, from ``tangent_sums`` over ``count`` positions.
 
     The sums are divided by ``scale`` first, and multiplied last, for what their transpose ends in.
     """
-    axes = tuple(range(1, x.ndim - 1))
-    tangent = without_padding(x_tangent.astype(moments.mean.dtype), mask)
-    distance = distance_from(moments.shift, x, mask)
-    if moments.weight is None:
-        count = math.prod(x.shape[1:-1])
-    else:
-        count, tangent = jnp.where(moments.weight > 0, moments.weight, 1), mask * tangent
-    total = jnp.sum(tangent, axes) / scale
-    along = jnp.sum(tangent * distance, axes) / scale
+    if moments.weight is not None:
+        count = jnp.where(moments.weight > 0, moments.weight, 1)
+    total, along = total / scale, along / scale
     return total * (scale / count), 2 * (along - moments.mean * total) * (scale / count)
 
 

@@ -10,7 +10,10 @@ from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.ops._explicit_axes import with_automatic_axes
+from wsbcn_flax.ops._one_kernel import column_kernel, in_one_kernel, linear_with_kernel, only
 from wsbcn_flax.ops._rules import StandardizationRule, resolve_rule
+
+_LARGEST_FAN_IN = 4608  # Of the two kernels' columns, in the memory of a TPU's vector unit.
 
 
 def standardize(
@@ -102,7 +105,8 @@ def restoring_affine(
 def _scaled(rule: StandardizationRule, out_axis: int, kernel, gain, shift):
     """The standardized kernel times the gain plus the shift, in the kernel's dtype."""
     dtype = statistics_dtype(kernel.dtype)
-    hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
+    with jax.named_scope("standardize"):
+        hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
     if gain is not None:
         hat = hat * jnp.expand_dims(gain.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
     if shift is not None:
@@ -138,28 +142,51 @@ def _standardize_jvp(rule, out_axis, primals, tangents):
 def _push_forward(axes, kernel, center, inverse, curvature, tangent):
     """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel.
 
-    Without mean(t) where the rule does not centre. The u outside the sum is written as two terms,
-    W and mean(W): their transposes reduce products of W and not of u, which XLA for CPU would
-    write out.
+    Without mean(t) where the rule does not centre.
     """
+    sums = jnp.sum(tangent * _subtract(kernel, center, axes), axes), jnp.sum(tangent, axes)
+    residuals = kernel, center, inverse, curvature
+    expand = functools.partial(_expand, axes)
+    if _has_kernel(kernel, axes):
+        expand = functools.partial(linear_with_kernel, expand, _reduce_by_kernel)
+    (out_axis,) = set(range(kernel.ndim)) - set(axes)
+    return tangent * _at(inverse, kernel, out_axis) + expand(residuals, sums)
 
-    def at(values):
-        # By one operation, whose transpose reduces all axes at once, axes of length 1 included:
-        # without those, XLA for CPU (jaxlib 0.10.2) takes four times as long for a 1x1 kernel.
-        (out_axis,) = set(range(kernel.ndim)) - set(axes)
-        return lax.broadcast_in_dim(values, kernel.shape, (out_axis,))
 
-    along = -curvature * jnp.sum(tangent * _subtract(kernel, center, axes), axes)
-    pushed = tangent * at(inverse) + kernel * at(along)
+def _expand(axes, residuals, sums):
+    """The terms of a tangent that its sums along the fan-in make: -u c sum(u t) - r mean(t).
+
+    The u outside the sum is written as two terms, W and mean(W): their transposes reduce products
+    of W and not of u, which XLA for CPU would write out.
+    """
+    kernel, center, inverse, curvature = residuals
+    along, total = sums
+    (out_axis,) = set(range(kernel.ndim)) - set(axes)
+    along = -curvature * along
+    expanded = kernel * _at(along, kernel, out_axis)
     if center is None:
-        return pushed
+        return expanded
     fan_in = math.prod(kernel.shape) // center.size
-    return pushed - at(center * along + inverse * jnp.sum(tangent, axes) / fan_in)
+    return expanded - _at(center * along + inverse * total / fan_in, kernel, out_axis)
+
+
+def _at(values, kernel, out_axis):
+    # By one operation, whose transpose reduces all axes at once, axes of length 1 included:
+    # without those, XLA for CPU (jaxlib 0.10.2) takes four times as long for a 1x1 kernel.
+    return lax.broadcast_in_dim(values, kernel.shape, (out_axis,))
 
 
 def _statistics(rule, out_axis, kernel):
     """The kernel's mean (None where the rule does not centre), r and c, one per output channel."""
     axes = _fan_in_axes(kernel.ndim, out_axis)
+    statistics = functools.partial(_statistics_by_corners, rule, axes)
+    if not _has_kernel(kernel, axes):
+        return statistics(kernel)
+    return in_one_kernel(statistics, functools.partial(_statistics_by_kernel, rule), kernel)
+
+
+def _statistics_by_corners(rule, axes, kernel):
+    (out_axis,) = set(range(kernel.ndim)) - set(axes)
     fan_in = math.prod(kernel.shape) // kernel.shape[out_axis]
     if not rule.center:
         return None, *_inverse_denominator(rule, fan_in, jnp.sum(lax.square(kernel), axes))
@@ -170,6 +197,47 @@ def _statistics(rule, out_axis, kernel):
     square = jnp.sum(lax.square(_subtract(kernel, last, axes)), axes)
     total = jnp.maximum(square - fan_in * lax.square(mean + (first - last)), 0)
     return first + mean, *_inverse_denominator(rule, fan_in, total)
+
+
+# On a TPU each output channel's weights are held at once, so that its variance is taken about its
+# mean in one pass over memory, and all that follows is part of the same kernel.
+def _has_kernel(kernel: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether Pallas kernels for TPU can take the sums along the fan-in."""
+    fan_in = math.prod(kernel.shape[axis] for axis in axes)
+    is_last = kernel.ndim - 1 not in axes
+    return is_last and kernel.dtype == jnp.float32 and fan_in <= _LARGEST_FAN_IN
+
+
+def _statistics_by_kernel(rule, kernel):
+    fan_in = math.prod(kernel.shape[:-1])
+
+    def of_columns(weights):
+        center = jnp.mean(weights, 0, keepdims=True) if rule.center else None
+        centred = weights if center is None else weights - center
+        total = jnp.sum(lax.square(centred), 0, keepdims=True)
+        return center, *_inverse_denominator(rule, fan_in, total)
+
+    rows = column_kernel(of_columns, kernel.reshape(fan_in, -1))
+    return jax.tree.map(lambda row: row[0], rows)
+
+
+def _reduce_by_kernel(wanted, residuals, cotangent):
+    """The transpose of ``_expand``: -c sum(u g) and, where the rule centres, -r mean(g)."""
+    kernel, *of_channels = residuals
+    fan_in = math.prod(kernel.shape[:-1])
+
+    def of_columns(weights, of_channels, cotangent):
+        center, inverse, curvature = of_channels
+        centred = weights if center is None else weights - center
+        along = -curvature * jnp.sum(cotangent * centred, 0, keepdims=True)
+        if center is None:
+            return along, jnp.zeros_like(along)
+        return along, -inverse * jnp.mean(cotangent, 0, keepdims=True)
+
+    matrices = (array.reshape(fan_in, -1) for array in (kernel, cotangent))
+    weights, cotangent = matrices
+    rows = jax.tree.map(lambda value: value[None], of_channels)
+    return [row[0] for row in only(wanted, column_kernel(of_columns, weights, rows, cotangent))]
 
 
 def _corner(kernel, axes, index):

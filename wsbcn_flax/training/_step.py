@@ -109,7 +109,8 @@ def make_train_step(
         )
         if axis_name is not None:
             out = mean_over_devices(out, axis_name)
-        batch_stats = advance(state.batch_stats, out.batch_stats)
+        with jax.named_scope("statistics"):
+            batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
             batch_stats = freeze(batch_stats)
         weight = out.metrics["loss"].weight
@@ -119,11 +120,13 @@ def make_train_step(
         (gradients,) = pull_back(gradients)
         if state.loss_scale is not None:
             gradients = unscale(gradients, state.loss_scale)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            new_params = optax.apply_updates(state.params, updates)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=new_params,
             batch_stats=batch_stats,
             opt_state=opt_state,
         )

@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import importlib.metadata
+import importlib.resources
+import importlib.util
 import os
 import re
 import time
@@ -10,6 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+
+from wsbcn_flax.training._estimate import (
+    SMALL_CYCLES,
+    Group,
+    Operation,
+    estimated_operations,
+    gpu_kernels,
+    group_by_module,
+)
 
 _COLLECTIVES = (
     "all-reduce",
@@ -20,9 +31,16 @@ _COLLECTIVES = (
 )
 # An operation, or the first half of an asynchronous one, but not its second half.
 _COLLECTIVE = re.compile(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\n((?: .*\n|\n)*?)\}", re.MULTILINE)
-_LOOP_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+class Chip(NamedTuple):
+    """Speed of a generation of TPU chips: cycles and bytes of memory in a second."""
+
+    clock: float
+    bandwidth: float
+
+
+CHIPS = {"v5e": Chip(clock=1.5e9, bandwidth=819e9)}
 
 
 class Compiled(NamedTuple):
@@ -30,19 +48,28 @@ class Compiled(NamedTuple):
 
     Attributes:
         chips: Number of devices.
-        bytes_accessed: Bytes that all operations of one step access.
+        bytes_accessed: Bytes that all operations of one step access. On a GPU, bytes of the
+            operands and results of all kernels, without the workspaces of libraries.
         argument_bytes: Bytes of the state and the batch.
         temp_bytes: Bytes of temporaries.
         peak_bytes: Most bytes in use at once, arguments included; the compiler for CPU leaves the
             temporaries out.
         total_bytes: Bytes of arguments, outputs that take no argument's place, temporaries and
             program.
-        estimated_cycles: Cycles of a step by the compiler's own estimate, a sum over operations;
-            None where the compiler gives none, as for CPU. Collectives, custom calls and branches
-            have no estimate.
+        estimated_ms: Milliseconds of a step by the compiler's own estimate, a sum over operations;
+            None where the compiler gives none. Collectives and branches have no estimate. A custom
+            call, such as a Pallas kernel, counts as 3,000 cycles, or as the time that its bytes
+            take to move if that is longer.
+        operations: Number of operations with an estimate.
+        small_operations: Number of those below 3,000 cycles.
+        small_ms: Milliseconds of those below 3,000 cycles.
+        custom_calls: Number of custom calls among the operations.
+        fusions: Number of kernels that XLA makes for a GPU; None elsewhere.
+        library_calls: Number of calls of a GPU's libraries; None elsewhere.
         all_reduces: Number of all-reduces in the program.
         collectives: Number of collectives of every kind.
         compile_seconds: Seconds that compiling took on this machine.
+        profile: Groups of operations by module, costliest first.
     """
 
     chips: int
@@ -51,37 +78,76 @@ class Compiled(NamedTuple):
     temp_bytes: int
     peak_bytes: int
     total_bytes: int
-    estimated_cycles: int | None
+    estimated_ms: float | None
+    operations: int | None
+    small_operations: int | None
+    small_ms: float | None
+    custom_calls: int | None
+    fusions: int | None
+    library_calls: int | None
     all_reduces: int
     collectives: dict[str, int]
     compile_seconds: float
+    profile: tuple[Group, ...] = ()
 
 
-def compile_lowered(lowered: jax.stages.Lowered, *, chips: int, trips: int = 1) -> Compiled:
+def compile_lowered(
+    lowered: jax.stages.Lowered, *, chips: int, trips: int = 1, chip: Chip | None = None
+) -> Compiled:
     """Compiles a lowered step, such as ``Experiment.lower`` returns, for its devices.
 
     Args:
         lowered: Lowered step.
         chips: Number of devices.
         trips: Number of times that loops run, as those over micro-batches do.
+        chip: Speed of a device, for estimates; None for no estimates.
     """
     started = time.monotonic()
     compiled: Any = lowered.compile()
     seconds = time.monotonic() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     collectives = count_collectives(text)
+    operations = []
+    if chip is not None:
+        speed = chip.bandwidth / chip.clock
+        operations = estimated_operations(text, trips=trips, bytes_per_cycle=speed)
+    costs = compiled.cost_analysis()  # The compiler for GPU gives none.
+    kernels = gpu_kernels(text) if costs is None else None
     return Compiled(
         chips=chips,
-        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
+        bytes_accessed=kernels.bytes_accessed if kernels else costs["bytes accessed"],
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         total_bytes=device_bytes(compiled),
-        estimated_cycles=estimated_cycles(text, trips=trips) or None,
+        **_estimate(operations, chip),
+        fusions=kernels and kernels.fusions,
+        library_calls=kernels and kernels.library_calls,
         all_reduces=collectives.get("all-reduce", 0),
         collectives=collectives,
         compile_seconds=round(seconds, 1),
+        profile=tuple(group_by_module(operations)),
     )
+
+
+def _estimate(operations: Sequence[Operation], chip: Chip | None) -> dict[str, Any]:
+    """The fields of ``Compiled`` that are sums over operations."""
+    names = ("estimated_ms", "operations", "small_operations", "small_ms", "custom_calls")
+    if chip is None or not operations:
+        return dict.fromkeys(names)
+    small = [operation for operation in operations if operation.cycles < SMALL_CYCLES]
+    values = (
+        _milliseconds(operations, chip),
+        sum(operation.times for operation in operations),
+        sum(operation.times for operation in small),
+        _milliseconds(small, chip),
+        sum(operation.times for operation in operations if operation.is_custom_call),
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _milliseconds(operations: Iterable[Operation], chip: Chip) -> float:
+    return 1e3 * sum(o.cycles * o.times for o in operations) / chip.clock
 
 
 def count_collectives(hlo: str) -> dict[str, int]:
@@ -93,16 +159,6 @@ def count_collectives(hlo: str) -> dict[str, int]:
         {'all-reduce': 1}
     """
     return dict(collections.Counter(_COLLECTIVE.findall(hlo)))
-
-
-def estimated_cycles(hlo: str, *, trips: int) -> int:
-    """Returns the estimated cycles of a compiled program whose loops run ``trips`` times."""
-    bodies = set(_LOOP_BODY.findall(hlo))
-    return sum(
-        sum(map(int, _CYCLES.findall(operations))) * (1 if entry else trips)
-        for entry, name, operations in _COMPUTATION.findall(hlo)
-        if entry or name in bodies
-    )
 
 
 def tpu_devices(topology: str) -> Sequence[Any]:
@@ -124,6 +180,31 @@ def tpu_devices(topology: str) -> Sequence[Any]:
             f"topology must be one that libtpu knows, such as v5e:2x4, v5e:16x16, v4:4x4x4 or "
             f"v5p:4x4x4, received {topology!r} ({str(error).splitlines()[0]:.200})."
         ) from error
+
+
+def gpu_devices(target: str, count: int = 8) -> Sequence[Any]:
+    """Returns GPUs of a kind such as "h100", none of which need be here.
+
+    Raises:
+        ImportError: Without the plugin of jax for CUDA.
+        ValueError: For an unknown kind.
+    """
+    folder = importlib.resources.files("wsbcn_flax.training").joinpath("gpu_targets")
+    names = sorted(file.name.removesuffix(".txtpb") for file in folder.iterdir())
+    if target not in names:
+        raise ValueError(f"target must be one of {', '.join(names)}, received {target!r}.")
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ImportError(
+            f"Compiling for GPU needs the plugin of jax {jax.__version__}, but no GPU: pip install "
+            f"--no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+        )
+    from jax.experimental import topologies
+
+    config = folder.joinpath(f"{target}.txtpb").read_text()
+    # Slices, hosts, devices.
+    return topologies.get_topology_desc(
+        platform="cuda", topology=f"1x1x{count}", target_config=config
+    ).devices
 
 
 def _check_libtpu() -> None:

@@ -1,0 +1,145 @@
+"""The kernels that a TPU runs in place of many small operations: same numbers, right places."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
+from oracles import normal, tree_relative_error
+
+from wsbcn_flax.ops import (
+    RunningStats,
+    _channel_norm,
+    _one_kernel,
+    _weight_standardization,
+    batch_channel_norm,
+    channel_norm,
+    standardize,
+)
+
+KERNEL = "tpu_custom_call"
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """Lets the kernels run here, as on a TPU; returns the list of those that did."""
+    ran = []
+
+    def run_kernel(function, kernel, *arguments):
+        ran.append(kernel)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    for module in (_one_kernel, _channel_norm, _weight_standardization):
+        monkeypatch.setattr(module, "in_one_kernel", run_kernel)
+    return ran
+
+
+def bcn_and_gradients(affine, statistics="estimate", masked=False, **options):
+    """One step with the gradients of all arrays, and the new statistics."""
+    size = {"group": 4, "channel": 12}[affine]
+    x, dy = 1 + normal(1, 3, 5, 7, 12), normal(2, 3, 5, 7, 12)
+    parameters = (normal(3, 12), normal(4, 12), normal(5, size), normal(6, size))
+    running = RunningStats(normal(7, 12), jnp.exp(normal(8, 12)), jnp.zeros(()))
+    mask = jnp.arange(7).reshape(1, 1, 7, 1) < jnp.array([7, 3, 0]).reshape(3, 1, 1, 1)
+
+    def function(x, *parameters):
+        names = ("batch_scale", "batch_bias", "channel_scale", "channel_bias")
+        return batch_channel_norm(
+            x,
+            running,
+            **dict(zip(names, parameters, strict=True)),
+            num_groups=4,
+            statistics=statistics,
+            mask=mask if masked else None,
+            **options,
+        )
+
+    y, pull_back, new = jax.vjp(function, x, *parameters, has_aux=True)
+    return y, pull_back(dy), () if "use_running_average" in options else new
+
+
+@pytest.mark.parametrize(
+    ("affine", "options"),
+    [
+        ("group", {}),
+        ("channel", {"order": "update_first"}),
+        ("group", {"masked": True, "rate": lambda count: 1 / (count + 2)}),
+        ("channel", {"use_running_average": True}),
+        ("group", {"statistics": "batch"}),
+    ],
+    ids=str,
+)
+def test_batch_channel_norm_by_kernels(affine, options, request):
+    expected = bcn_and_gradients(affine, **options)
+    ran = request.getfixturevalue("kernels_run")
+    actual = bcn_and_gradients(affine, **options)
+    assert len(ran) >= 2
+    assert tree_relative_error(actual, expected) < 2e-6
+
+
+def test_channel_norm_by_kernels(request):
+    x, scale, dy = 1 + normal(1, 2, 5, 7, 12), normal(2, 12), normal(3, 2, 5, 7, 12)
+
+    def step():
+        norm = functools.partial(channel_norm, num_groups=3)
+        y, pull_back = jax.vjp(norm, x, scale)
+        return y, pull_back(dy)
+
+    expected = step()
+    ran = request.getfixturevalue("kernels_run")
+    actual = step()
+    assert len(ran) >= 2
+    assert tree_relative_error(actual, expected) < 2e-6
+
+
+@pytest.mark.parametrize("preset", ["bcn", "official", "nfnet", "wn"])
+@pytest.mark.parametrize("shape", [(3, 3, 4, 256), (1, 1, 8, 12), (24, 12)], ids=str)
+def test_standardize_by_kernels(shape, preset, request):
+    kernel, of_hat = 3 + normal(1, *shape), normal(2, *shape)
+
+    def step():
+        hat, pull_back = jax.vjp(functools.partial(standardize, preset=preset), kernel)
+        return hat, pull_back(of_hat)
+
+    expected = step()
+    ran = request.getfixturevalue("kernels_run")
+    actual = step()
+    assert len(ran) == 2
+    assert tree_relative_error(actual, expected) < 5e-6
+
+
+def train_step(x):
+    norm = functools.partial(batch_channel_norm, running=RunningStats.fresh(12), num_groups=4)
+    return jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)[0])))(x)
+
+
+def lowered(function, x, platform="tpu"):
+    return jax.jit(function).trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_kernels_are_where_a_device_has_its_own_arrays(mesh8):
+    """XLA cannot split a kernel over devices, and other platforms cannot run it."""
+    x = jnp.ones((8, 4, 4, 12))
+    assert KERNEL in lowered(train_step, x)
+    assert KERNEL not in lowered(train_step, x, "cpu")
+    for check in (False, True):
+        sharded = jax.shard_map(
+            train_step, mesh=mesh8, in_specs=P("data"), out_specs=P("data"), check_vma=check
+        )
+        assert KERNEL in lowered(sharded, x)
+    placed = jax.device_put(x, jax.NamedSharding(mesh8, P("data")))
+    assert KERNEL not in lowered(train_step, placed)
+
+
+def test_everywhere_else_the_function_itself_is_used():
+    """Where samples are many, under vmap, for a transposed kernel and in a second derivative."""
+    x = jnp.ones((2, 4, 4, 12))
+    assert KERNEL not in lowered(train_step, jnp.ones((16384, 1, 2, 12)))
+    assert KERNEL not in lowered(jax.vmap(train_step), x[None])
+    assert KERNEL not in lowered(functools.partial(standardize, out_axis=-2), x)
+    assert KERNEL in lowered(standardize, x)
+    hessian = lowered(jax.grad(lambda x: jnp.sum(train_step(x) ** 2)), x)
+    assert hessian.count(KERNEL) < 2 * lowered(train_step, x).count(KERNEL)

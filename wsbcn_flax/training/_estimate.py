@@ -1,0 +1,165 @@
+"""Figures that are read from a compiled program's text: TPU's estimate of time, GPU's kernels."""
+
+import collections
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+SMALL_CYCLES = 3000  # An operation costs some 1,800 on a v5e, however little it computes.
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\n((?: .*\n|\n)*?)\}", re.MULTILINE)
+_LOOP_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
+# Name, type, kind, operands.
+_OPERATION = re.compile(r"^ +(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(([^)]*)\)")
+_NAME = re.compile(r"%?([\w.\-]+)(?:,|$)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_PATH = re.compile(r'op_name="([^"]*)"')
+_ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+# Parts of a path that are no modules, and transformations of a module.
+_MACHINERY = re.compile(r"jit\(|(shard_map|checkpoint|rematted_computation|cond|branch_\d+_fun)$")
+_TRANSFORMED = re.compile(r"(?:\w+\()*([^()]*)\)*")
+
+
+class Operation(NamedTuple):
+    """One operation of a compiled program that takes time.
+
+    Attributes:
+        path: Name that JAX gave it: modules, transformations and a primitive.
+        cycles: Estimated cycles of one execution.
+        times: Number of executions.
+        is_custom_call: Whether it is a kernel of ours (Pallas), which carries no estimate:
+            ``SMALL_CYCLES``, or the time that its operands and results take to move if longer.
+    """
+
+    path: str
+    cycles: int
+    times: int
+    is_custom_call: bool = False
+
+
+def estimated_operations(hlo: str, *, trips: int, bytes_per_cycle: float) -> list[Operation]:
+    """Returns the operations of a compiled program, those of loops with ``times=trips``.
+
+    Collectives and the branches of conditionals have no estimate and are left out.
+
+    Args:
+        hlo: Text of the compiled program.
+        trips: Number of times that loops run.
+        bytes_per_cycle: Bytes that the chip's memory moves in a cycle, for custom calls.
+    """
+    bodies = set(_LOOP_BODY.findall(hlo))
+    operations = []
+    for entry, name, text in _COMPUTATION.findall(hlo):
+        if not entry and name not in bodies:
+            continue
+        sizes: dict[str, int] = {}
+        for line in text.splitlines():
+            if (match := _OPERATION.match(line)) is None:
+                continue
+            result, shape, kind, operands = match.groups()
+            sizes[result] = _byte_count(shape)
+            cycles, path = _CYCLES.search(line), _PATH.search(line)
+            is_kernel = kind == "custom-call" and _KERNEL in line
+            if cycles is None and not is_kernel:
+                continue
+            if is_kernel:
+                names = _NAME.findall(operands)
+                moved = sizes[result] + sum(sizes.get(operand, 0) for operand in names)
+                count = max(SMALL_CYCLES, math.ceil(moved / bytes_per_cycle))
+            else:
+                count = int(cycles.group(1)) if cycles else 0
+            times = 1 if entry else trips
+            operations.append(Operation(path.group(1) if path else "", count, times, is_kernel))
+    return operations
+
+
+class Group(NamedTuple):
+    """Operations of one module, or of modules that differ by numbers alone, in one direction."""
+
+    path: str
+    cycles: int
+    operations: int
+    small_operations: int
+
+
+def group_by_module(operations: Iterable[Operation]) -> list[Group]:
+    """Adds up the operations of each module and direction, costliest first.
+
+    Example:
+        >>> from wsbcn_flax.training.ahead_of_time import Operation, group_by_module
+        >>> paths = [f"jit(step)/transpose(jvp(Net))/block{i}/norm/reduce_sum" for i in (1, 2)]
+        >>> group_by_module(Operation(path, cycles=2000, times=1) for path in paths)
+        [Group(path='backward Net/block*/norm', cycles=4000, operations=2, small_operations=2)]
+    """
+    groups: dict[str, list[Operation]] = collections.defaultdict(list)
+    for operation in operations:
+        groups[_module(operation.path)].append(operation)
+    sums = [
+        Group(
+            path,
+            sum(o.cycles * o.times for o in group),
+            sum(o.times for o in group),
+            sum(o.times for o in group if o.cycles < SMALL_CYCLES),
+        )
+        for path, group in groups.items()
+    ]
+    return sorted(sums, key=lambda group: -group.cycles)
+
+
+def _module(path: str) -> str:
+    """The path of modules, with * for numbers, after the direction of differentiation."""
+    direction = ""
+    if "jvp(" in path:
+        direction = "backward " if "transpose(" in path else "forward "
+    # The last part is a primitive. A checkpoint names its module a second time.
+    parts = [part for part in path.split("/")[:-1] if not _MACHINERY.match(part)]
+    modules = dict.fromkeys(_TRANSFORMED.sub(r"\1", part) for part in parts)
+    return direction + (re.sub(r"\d+", "*", "/".join(filter(None, modules))) or "(no module)")
+
+
+class Kernels(NamedTuple):
+    """Kernels that a GPU launches in a step, outside loops.
+
+    Attributes:
+        bytes_accessed: Bytes of the operands and results of all of them.
+        fusions: Number of kernels that XLA made.
+        library_calls: Number of calls of cuDNN, cuBLAS and the like.
+    """
+
+    bytes_accessed: int
+    fusions: int
+    library_calls: int
+
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+
+
+def gpu_kernels(hlo: str) -> Kernels:
+    """Counts the kernels in the entry computation of a program for GPU, and their bytes."""
+    sizes: dict[str, int] = {}
+    kinds: list[str] = []
+    moved = 0
+    for entry, _, text in _COMPUTATION.findall(hlo):
+        if not entry:
+            continue
+        for line in text.splitlines():
+            if (match := _OPERATION.match(line)) is None:
+                continue
+            result, shape, kind, operands = match.groups()
+            sizes[result] = _byte_count(shape)
+            if kind in _FREE or kind.endswith("-done"):
+                continue
+            kinds.append(kind)
+            moved += sizes[result] + sum(sizes.get(name, 0) for name in _NAME.findall(operands))
+    return Kernels(moved, kinds.count("fusion"), kinds.count("custom-call"))
+
+
+def _byte_count(shape: str) -> int:
+    """The bytes of an array, or of a tuple of arrays, without the padding of tiles."""
+    total = 0
+    for dtype, bits, dimensions in _ARRAY.findall(shape):
+        elements = math.prod(int(size) for size in dimensions.split(",") if size)
+        total += elements * (8 if dtype == "pred" else int(bits)) // 8
+    return total
