@@ -24,7 +24,7 @@ from wsbcn_flax.models import (
     ResNet18,
     ResNet50,
 )
-from wsbcn_flax.models._resnet import _max_pool
+from wsbcn_flax.models._resnet import max_pool
 
 Tiny = functools.partial(ResNet, stage_sizes=(1, 2), features=16, stem_features=8)
 
@@ -69,7 +69,7 @@ def test_pooling_pads_as_pytorch_does(resolution):
     expected = np.empty((2, size, size, 3), np.float32)
     for i, j in np.ndindex(size, size):
         expected[:, i, j] = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((1, 2))
-    chex.assert_trees_all_equal(np.asarray(_max_pool(x)), expected)
+    chex.assert_trees_all_equal(np.asarray(max_pool(x)), expected)
 
 
 @pytest.mark.parametrize(

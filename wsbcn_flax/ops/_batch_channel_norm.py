@@ -219,7 +219,7 @@ def _batch_channel_norm(
     parameters = tuple(map(row, of_channels))
     options = statistics, order, axis_name, epsilon
     map_of_channels: MapOfChannels = functools.partial(_map_of_channels, *options)
-    new = None
+    new: Any = None
     if statistics == "batch" or axis_name is not None:
         # Statistics that have gradients, or that devices average, are not for a kernel.
         if may_be_far:
@@ -229,7 +229,7 @@ def _batch_channel_norm(
         groups = groups_of(num_groups, x.shape[-1])
         parameters, new = map_of_channels(moments.moments(), constants, parameters, groups)
         map_of_channels, constants, may_be_far = as_given, (), False
-    y, updated = normalize_groups(
+    y, from_kernel = normalize_groups(
         x,
         moments,
         map_of_channels,
@@ -243,7 +243,7 @@ def _batch_channel_norm(
     )
     if statistics == "running":
         return y, running
-    mean, var, any_valid = updated if new is None else new
+    mean, var, any_valid = from_kernel if new is None else new
     count = running.count + any_valid.reshape(()).astype(running.count.dtype)
     return y, RunningStats(mean[0], var[0], count)
 

@@ -218,9 +218,12 @@ def normalize_groups(
     Returns:
         The output and the auxiliary results, which have no gradient.
     """
+    of_all_devices: Any = None
     if devices_that_share_arrays() > 1:
         groups = groups_of(num_groups, x.shape[-1])
-        channel_map, aux = map_of_channels(moments.moments(), constants, parameters, groups)
+        channel_map, of_all_devices = map_of_channels(
+            moments.moments(), constants, parameters, groups
+        )
         # As one array, so that their gradients are summed over samples, and devices, as one: XLA
         # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
         center, *affine, floor = channel_map
@@ -229,8 +232,8 @@ def normalize_groups(
         map_of_channels, constants = as_given, ()
         parameters = ChannelMap(center, *affine, floor)
     static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
-    y, of_map = _normalize(*static, x, mask, moments, constants, parameters)
-    return y, aux if devices_that_share_arrays() > 1 else of_map
+    y, aux = _normalize(*static, x, mask, moments, constants, parameters)
+    return y, aux if of_all_devices is None else of_all_devices
 
 
 def as_given(moments, constants, parameters, groups):
@@ -307,7 +310,7 @@ def _coefficients(
     """Slope and offset of y as a function of x - shift, [B, C], the moments, and aux."""
     evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, may_be_far)
     plain, arguments = functools.partial(evaluate, groups_of), (moments, constants, parameters)
-    run = plain
+    run: Callable[..., Any] = plain
     if fit_at_once(arguments):
         kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
         run = functools.partial(in_one_kernel, plain, kernel)

@@ -111,11 +111,11 @@ def compile_lowered(
     if chip is not None:
         speed = chip.bandwidth / chip.clock
         operations = estimated_operations(text, trips=trips, bytes_per_cycle=speed)
-    costs = compiled.cost_analysis()  # The compiler for GPU gives none.
-    kernels = gpu_kernels(text) if costs is None else None
+    costs = compiled.cost_analysis() or {}  # The compiler for GPU gives none.
+    kernels = None if costs else gpu_kernels(text)
     return Compiled(
         chips=chips,
-        bytes_accessed=kernels.bytes_accessed if kernels else costs["bytes accessed"],
+        bytes_accessed=costs["bytes accessed"] if kernels is None else kernels.bytes_accessed,
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
