@@ -15,6 +15,7 @@ STANDARDIZED: dict[str, Callable] = {
     "official_tf": lambda w, xp=np: (w - w.mean(0)) / (xp.std(w, axis=0) + 1e-5),
     "bit": lambda w, xp=np: (w - w.mean(0)) / xp.sqrt(xp.var(w, axis=0) + 1e-10),
     "timm": lambda w, xp=np: (w - w.mean(0)) / xp.sqrt(xp.var(w, axis=0) + 1e-6),
+    "aws": lambda w, xp=np: (w - w.mean(0)) / xp.sqrt(xp.var(w, axis=0, ddof=1) + 1e-5),
     "nfnet": lambda w, xp=np: (
         (w - w.mean(0)) / xp.sqrt(xp.maximum(xp.var(w, axis=0) * len(w), 1e-4))
     ),

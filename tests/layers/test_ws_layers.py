@@ -93,8 +93,10 @@ def test_gain_is_a_parameter_where_the_preset_learns_it(case, preset):
     init = layer(8, **arguments, preset=preset).init
     params = jax.eval_shape(init, jax.random.key(0), jnp.ones(shape))["params"]
     learns = preset in ("nfnet", "wn", "cwn")
-    assert set(params) == {"kernel", "bias"} | ({"gain"} if learns else set())
-    assert not learns or params["gain"].shape == (8,)
+    added = {"gain"} if learns else set()
+    added |= {"constant_gain", "constant_shift"} if preset == "aws" else set()
+    assert set(params) == {"kernel", "bias"} | added
+    assert all(params[name].shape == (8,) for name in added)
 
 
 def test_the_kernel_is_standardized_before_it_is_cast():

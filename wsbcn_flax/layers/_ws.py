@@ -14,7 +14,8 @@ class _StandardizedKernel(nn.Module):
     """Standardizes the parameter named ``kernel`` on its way from the module to its computation.
 
     The stored parameter stays raw, so that the parameter tree is the plain layer's. Rules with a
-    learnable gain add ``gain`` [features].
+    learnable gain add ``gain`` [features], rules with constants ``constant_gain`` and
+    ``constant_shift``.
     """
 
     @property
@@ -27,11 +28,14 @@ class _StandardizedKernel(nn.Module):
         if name != "kernel":
             return value
         rule = resolve_rule(self.preset)
-        gain = None
-        if rule.learnable_gain:
-            shape = (value.shape[self._out_axis],)
-            gain = super().param("gain", nn.initializers.ones, shape, self.param_dtype)
-        return standardize(value, preset=rule, out_axis=self._out_axis, gain=gain)
+        shape = (value.shape[self._out_axis],)
+        affine = {
+            argument: super(_StandardizedKernel, self).param(
+                parameter, nn.initializers.constant(start), shape, self.param_dtype
+            )
+            for argument, (parameter, start) in rule.channel_parameters.items()
+        }
+        return standardize(value, preset=rule, out_axis=self._out_axis, **affine)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer to floating-point ``inputs``, as the Flax layer of that name does."""
@@ -54,8 +58,9 @@ class WSConv(_StandardizedKernel, nn.Conv):
 
     Attributes:
         preset: the convention, "bcn" (default), "official", "official_tf", "bit", "timm", "nfnet",
-            "wn" or "cwn", or a ``StandardizationRule``. The last three names, having a learnable
-            gain, add a parameter ``gain`` [features].
+            "wn", "cwn" or "aws", or a ``StandardizationRule``. "nfnet", "wn" and "cwn", having a
+            learnable gain, add a parameter ``gain`` [features]; "aws" adds two that stay as they
+            are, ``constant_gain`` and ``constant_shift``.
 
     Raises:
         TypeError: for inputs that are not floating-point.

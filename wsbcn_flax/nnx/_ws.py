@@ -14,7 +14,8 @@ class _StandardizedKernel(nnx.Module):
     """Standardizes the kernel on its way from the module to its computation.
 
     The stored parameter stays raw, so that the state is the plain layer's. Rules with a learnable
-    gain add ``gain`` [out_features], which draws no random number.
+    gain add ``gain`` [out_features], rules with constants ``constant_gain`` and
+    ``constant_shift``; these draw no random numbers.
     """
 
     def __init__(self, *args: Any, preset: str | StandardizationRule = "bcn", **kwargs: Any):
@@ -22,9 +23,9 @@ class _StandardizedKernel(nnx.Module):
         super().__init__(*args, **kwargs)
         layer: Any = self
         self.preset = preset
-        self.gain: nnx.Param | None = nnx.data(None)
-        if rule.learnable_gain:
-            self.gain = nnx.Param(jnp.ones(layer.out_features, layer.param_dtype))
+        for parameter, start in rule.channel_parameters.values():
+            array = jnp.full(layer.out_features, start, layer.param_dtype)
+            setattr(self, parameter, nnx.Param(array))
 
     @property
     def _out_axis(self) -> int:
@@ -39,11 +40,12 @@ class _StandardizedKernel(nnx.Module):
                 "for example images.astype(jnp.float32) / 255."
             )
         layer: Any = self
+        affine = {
+            argument: getattr(self, parameter)[...]
+            for argument, (parameter, _) in resolve_rule(self.preset).channel_parameters.items()
+        }
         kernel = standardize(
-            layer.kernel[...],
-            preset=self.preset,
-            out_axis=self._out_axis,
-            gain=None if self.gain is None else self.gain[...],
+            layer.kernel[...], preset=self.preset, out_axis=self._out_axis, **affine
         )
         # A twin that holds the standardized kernel, so that mask and dtype come after it.
         twin = object.__new__(type(self))
@@ -63,8 +65,9 @@ class WSConv(_StandardizedKernel, nnx.Conv):
     Args:
         *args: Arguments of ``nnx.Conv``.
         preset: Convention, "bcn" (default), "official", "official_tf", "bit", "timm", "nfnet",
-            "wn" or "cwn", or a ``StandardizationRule``. The last three names, having a learnable
-            gain, add a parameter ``gain`` [out_features].
+            "wn", "cwn" or "aws", or a ``StandardizationRule``. "nfnet", "wn" and "cwn", having a
+            learnable gain, add a parameter ``gain`` [out_features]; "aws" adds two that stay as
+            they are, ``constant_gain`` and ``constant_shift``.
         **kwargs: Keyword arguments of ``nnx.Conv``.
 
     Raises:

@@ -12,7 +12,7 @@ class StandardizationRule:
     """How a kernel is centred and divided, for each output channel over its fan-in of n weights.
 
     With u = W - mean(W) if ``center`` else W, and s = sum(u^2), the kernel becomes
-    ``gain * u / denominator``, where the denominator is
+    ``gain * u / denominator + shift``, where the denominator is
 
     ======================  ============================================
     ``sqrt_var_plus_eps``   sqrt(s / m + epsilon)
@@ -29,9 +29,13 @@ class StandardizationRule:
         center: whether the mean is subtracted.
         unbiased: whether the variance divides by n - 1.
         learnable_gain: whether layers own a gain per output channel, initialized to one.
+        constants: whether layers own a gain and a shift per output channel that are not trained,
+            ``constant_gain`` of one and ``constant_shift`` of zero until
+            ``WeightStandardization.start_from_plain`` fills them.
 
     Raises:
-        ValueError: for an unknown denominator or an epsilon that is not positive.
+        ValueError: for an unknown denominator, an epsilon that is not positive, or a gain that is
+            both learned and constant.
 
     Example:
         >>> import dataclasses
@@ -45,17 +49,27 @@ class StandardizationRule:
     center: bool = True
     unbiased: bool = False
     learnable_gain: bool = False
+    constants: bool = False
 
     def __post_init__(self):
         if self.denominator not in _DENOMINATORS:
             raise ValueError(
                 f"denominator must be one of {_DENOMINATORS}, received {self.denominator!r}."
             )
+        if self.learnable_gain and self.constants:
+            raise ValueError("A gain is learned or constant: learnable_gain excludes constants.")
         if not self.epsilon > 0:
             raise ValueError(
                 "epsilon must be positive, since a constant kernel is divided by it, received "
                 f"{self.epsilon}."
             )
+
+    @property
+    def channel_parameters(self) -> dict[str, tuple[str, float]]:
+        """Of each argument of ``standardize`` that layers own, its parameter and initial value."""
+        if self.constants:
+            return {"gain": ("constant_gain", 1.0), "shift": ("constant_shift", 0.0)}
+        return {"gain": ("gain", 1.0)} if self.learnable_gain else {}
 
 
 PRESETS: dict[str, StandardizationRule] = {
@@ -69,6 +83,10 @@ PRESETS: dict[str, StandardizationRule] = {
     "bit": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-10),
     # timm's StdConv2d.
     "timm": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-6),
+    # mmcv's ConvAWS, which begins as the plain convolution that a checkpoint was trained with.
+    "aws": StandardizationRule(
+        denominator="sqrt_var_plus_eps", epsilon=1e-5, unbiased=True, constants=True
+    ),
     # NFNets' scaled weight standardization.
     "nfnet": StandardizationRule(denominator="sqrt_sum", epsilon=1e-4, learnable_gain=True),
     # Relatives: weight normalization and centered weight normalization.

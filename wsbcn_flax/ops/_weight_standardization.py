@@ -19,24 +19,27 @@ def standardize(
     preset: str | StandardizationRule = "bcn",
     out_axis: int = -1,
     gain: jax.Array | None = None,
+    shift: jax.Array | None = None,
 ) -> jax.Array:
     """Standardizes a kernel for each output channel over its fan-in.
 
     With the mean and variance over all axes but ``out_axis``,
 
-        W_hat = gain * (W - mean(W)) / denominator(W)
+        W_hat = gain * (W - mean(W)) / denominator(W) + shift
 
     where the preset names the denominator (see ``StandardizationRule``): "bcn" (the default),
-    "official", "official_tf", "bit", "timm" and "nfnet" are the field's conventions of Weight
-    Standardization; "wn" and "cwn" are weight normalization and centered weight normalization.
-    Computed in float32 or wider and returned in the kernel's dtype. Derivatives are the closed
-    form, in reverse and forward mode and of any order, and are finite at a constant kernel.
+    "official", "official_tf", "bit", "timm", "nfnet" and "aws" are the field's conventions of
+    Weight Standardization; "wn" and "cwn" are weight normalization and centered weight
+    normalization. Computed in float32 or wider and returned in the kernel's dtype. Derivatives are
+    the closed form, in reverse and forward mode and of any order, and are finite at a constant
+    kernel.
 
     Args:
         kernel: [..., out], for example HWIO. A grouped convolution's I is already in / groups.
         preset: a convention's name, or a rule of your own.
         out_axis: the axis of output channels; -2 for ``nn.ConvTranspose(transpose_kernel=True)``.
         gain: [out], or None for one.
+        shift: [out], or None for zero. No gradient flows to the gain and shift of "aws".
 
     Returns:
         An array of the kernel's shape and dtype.
@@ -44,7 +47,7 @@ def standardize(
     Raises:
         TypeError: if the kernel is not floating-point.
         ValueError: for an unknown preset, an axis out of range, a fan-in of one (it would
-            standardize to zero), or a gain of another shape.
+            standardize to zero), or a gain or shift of another shape.
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -74,21 +77,36 @@ def standardize(
             f"{kernel.shape} with out_axis={out_axis}: centred, it would be zero. Leave 1x1 "
             "depthwise kernels out."
         )
-    if gain is not None and gain.shape != (features,):
-        raise ValueError(
-            f"gain must have one value per output channel, shape ({features},), received "
-            f"{gain.shape}."
-        )
+    for name, array in {"gain": gain, "shift": shift}.items():
+        if array is not None and array.shape != (features,):
+            raise ValueError(
+                f"{name} must have one value per output channel, shape ({features},), received "
+                f"{array.shape}."
+            )
+    if rule.constants:
+        gain, shift = lax.stop_gradient((gain, shift))
     scaled = functools.partial(_scaled, rule, out_axis)
-    return with_automatic_axes(scaled, (kernel, gain), like=kernel)
+    return with_automatic_axes(scaled, (kernel, gain, shift), like=kernel)
 
 
-def _scaled(rule: StandardizationRule, out_axis: int, kernel, gain):
-    """The standardized kernel times the gain, in the kernel's dtype."""
+def restoring_affine(
+    kernel: jax.Array, rule: StandardizationRule, out_axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """The gain and shift [out] with which ``standardize`` returns the kernel as it is."""
+    wide = kernel.astype(statistics_dtype(kernel.dtype))
+    center, inverse, _ = _statistics(rule, out_axis % kernel.ndim, wide)
+    shift = jnp.zeros_like(inverse) if center is None else center
+    return (1 / inverse).astype(kernel.dtype), shift.astype(kernel.dtype)
+
+
+def _scaled(rule: StandardizationRule, out_axis: int, kernel, gain, shift):
+    """The standardized kernel times the gain plus the shift, in the kernel's dtype."""
     dtype = statistics_dtype(kernel.dtype)
     hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
     if gain is not None:
         hat = hat * jnp.expand_dims(gain.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
+    if shift is not None:
+        hat = hat + jnp.expand_dims(shift.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
     return hat.astype(kernel.dtype)
 
 

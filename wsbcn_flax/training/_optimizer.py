@@ -124,7 +124,7 @@ class OptimizerConfig:
         It raises a ValueError, when it first sees the parameters, for a pattern of ``frozen`` that
         matches none.
         """
-        mask = None if self.decays_everything and self.decays_biases else self._decay_mask
+        mask = self._decay_mask
         if self.kind == "adamw":
             adam = optax.adamw(schedule, self.momentum, weight_decay=self.weight_decay, mask=mask)
             steps = [adam]
@@ -142,7 +142,14 @@ class OptimizerConfig:
     def _decay_mask(self, params: Any) -> Any:
         if not self.decays_everything:
             return kernel_mask(params)
-        return jax.tree.map(lambda bias: self.decays_biases or not bias, _bias_mask(params))
+        return _map_paths(self._decays, params)
+
+    def _decays(self, path: str) -> bool:
+        """Whether a parameter decays where everything does; constants of "aws" are no weights."""
+        name = path.rpartition("/")[2]
+        return not name.startswith("constant_") and (
+            self.decays_biases or not name.endswith("bias")
+        )
 
     def _frozen_mask(self, params: Any) -> Any:
         paths = _map_paths(lambda path: path, params)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from wsbcn_flax.ops._rules import resolve_rule
 from wsbcn_flax.transforms._checkpoint_specs import checkpoint_names, checkpoint_spec
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -76,7 +78,9 @@ class _Entry:
         return self.layout.to_torch(np.broadcast_to(zero, self.array.shape))
 
 
-def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any]:
+def import_checkpoint(
+    state_dict: Mapping[str, Any], name: str, *, preset: str | None = None
+) -> dict[str, Any]:
     """Converts a PyTorch state dict to the variables of the model of that architecture.
 
     Kernels go from OIHW to HWIO, the head is transposed, batch-channel normalization's affine map
@@ -95,6 +99,8 @@ def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any
             arrays under ``state_dict``, and other things. The prefixes ``module.``, ``_orig_mod.``
             and ``model.`` are dropped, in any order, where all keys have them.
         name: one of ``checkpoint_names()``.
+        preset: Convention of Weight Standardization in the model that the variables are for, to be
+            warned where it is not the checkpoint's; None for no warning.
 
     Returns:
         ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, batch_stats empty for GN.
@@ -103,6 +109,10 @@ def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any
         ValueError: for an unknown name; for keys that are missing, too many, of another shape or
             not of numbers, listing all four; or for values that are not finite, beyond float32's
             range, or negative variances, listing the keys of all three.
+
+    Warns:
+        UserWarning: For a preset with which the kernels are another function than they were trained
+            as. From a checkpoint trained without WS, "aws" starts with the same function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,6 +125,7 @@ def import_checkpoint(state_dict: Mapping[str, Any], name: str) -> dict[str, Any
         >>> import_checkpoint(state_dict, "resnet18")["params"]["stem_conv"]["kernel"].shape
         (7, 7, 3, 64)
     """
+    _warn_of_another_function(name, preset)
     arrays, entries = _strip_prefix(state_dict), _entries(name)
     if problems := _problems(arrays, entries):
         first = f"The keys must be those of {name}, and are not:"
@@ -174,6 +185,27 @@ def guess_checkpoint_name(state_dict: Mapping[str, Any]) -> str:
     raise ValueError(
         f"A checkpoint's keys and shapes must be those of one of {', '.join(checkpoint_names())}; "
         f"these {len(arrays)} are not: {', '.join(list(arrays)[:5])}, ..."
+    )
+
+
+def _warn_of_another_function(name: str, preset: str | None) -> None:
+    """Warns where a model with WS computes something else with a checkpoint's kernels."""
+    trained = checkpoint_spec(name).preset
+    if preset is None or resolve_rule(preset) == (trained and resolve_rule(trained)):
+        return
+    if trained is not None:
+        message = f'{name} was trained with preset="{trained}". Use that.'
+    elif not resolve_rule(preset).constants:
+        message = (
+            f"{name} was trained without Weight Standardization. Use preset='aws' and "
+            "WeightStandardization(preset='aws').start_from_plain(params)."
+        )
+    else:
+        return
+    warnings.warn(
+        f"A checkpoint keeps its function with the convention that it was trained with alone, "
+        f"received preset={preset!r}. {message}",
+        stacklevel=3,
     )
 
 

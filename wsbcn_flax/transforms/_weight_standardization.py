@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 
 from wsbcn_flax.ops import StandardizationRule, standardize
 from wsbcn_flax.ops._rules import resolve_rule
+from wsbcn_flax.ops._weight_standardization import restoring_affine
 from wsbcn_flax.transforms._path_rules import PathRule, Selected, select_kernels, sibling
 
 Params = TypeVar("Params", bound=Mapping[str, Any])
@@ -37,7 +38,8 @@ class WeightStandardization:
     from a tree without normalizations.
 
     Where a kernel has a sibling named ``gain`` [out], as ``WSConv`` makes for presets with a
-    learnable gain, the kernel is multiplied by it and the gain is dropped.
+    learnable gain, the kernel is multiplied by it and the gain is dropped; so are the two constants
+    of the preset "aws", with which a model trained without WS starts (``start_from_plain``).
 
     Dictionaries come back as the kind they were (``FrozenDict`` and ``nnx.State`` too), and boxes
     such as ``nn.Partitioned`` and ``nnx.Param`` with what they know. For an NNX model these are the
@@ -114,11 +116,12 @@ class WeightStandardization:
         arrays = _arrays(leaves)
         edits: dict[str, Any] = {}
         for kernel in self._select(arrays):
-            gain_path = sibling(kernel.path, "gain")
-            gain = arrays.get(gain_path)
-            if gain is not None:
-                edits[gain_path] = _REMOVED
-            function = functools.partial(self._standardize, kernel, gain)
+            affine: dict[str, jax.Array | None] = {"gain": None, "shift": None}
+            for argument, name in self._siblings().items():
+                if (path := sibling(kernel.path, name)) in arrays:
+                    affine[argument] = arrays[path]
+                    edits[path] = _REMOVED
+            function = functools.partial(self._standardize, kernel, **affine)
             try:
                 # A box is a tree with one leaf, its array.
                 edits[kernel.path] = jax.tree.map(function, leaves[kernel.path])
@@ -133,19 +136,80 @@ class WeightStandardization:
     def with_gains(self, params: Params) -> Params:
         """Returns a plain model's parameters with the gains its preset learns, all of them one.
 
-        Without a learnable gain in the preset, returns the parameters as they are.
+        For the preset "aws" these are its constants, gains of one and shifts of zero. Without
+        either in the preset, returns the parameters as they are.
         """
+        added = resolve_rule(self.preset).channel_parameters
+
+        def values(kernel: Selected, array: jax.Array) -> dict[str, jax.Array]:
+            layers = array.shape[: kernel.stacked_axes]
+            features = array.shape[kernel.stacked_axes :][kernel.out_axis]
+            return {
+                name: jnp.full((*layers, features), start, array.dtype)
+                for name, start in added.values()
+            }
+
+        return self._with_siblings(params, values) if added else params
+
+    def start_from_plain(self, params: Params) -> Params:
+        """Returns parameters that were trained without WS, with which WS changes nothing yet.
+
+        For the preset "aws": its constants become each kernel's own standard deviation and mean, so
+        that the standardized kernels are the raw ones, to rounding, and the model computes what it
+        did. From there WS keeps each kernel's mean and scale while it is trained.
+
+        Args:
+            params: Raw parameters of a plain model, or of one with the preset "aws".
+
+        Raises:
+            ValueError: For a preset without constants.
+
+        References:
+            mmcv's ``ConvAWS2d``; Qiao et al., DetectoRS, https://arxiv.org/abs/2006.02334
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from wsbcn_flax import WeightStandardization
+            >>> kernel = 3 + jax.random.normal(jax.random.key(0), (3, 3, 8, 4))
+            >>> plain = {"conv": {"kernel": kernel}, "norm": {"scale": jnp.ones(4)}}
+            >>> ws = WeightStandardization(preset="aws")
+            >>> params = ws.start_from_plain(plain)
+            >>> bool(jnp.abs(ws(params)["conv"]["kernel"] - kernel).max() < 1e-5)
+            True
+        """
+        rule = resolve_rule(self.preset)
+        if not rule.constants:
+            raise ValueError(
+                "Only a preset with constants can start as a plain model, received "
+                f'{self.preset!r}. Use WeightStandardization(preset="aws").'
+            )
+
+        def values(kernel: Selected, array: jax.Array) -> dict[str, jax.Array]:
+            def one_layer(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+                return restoring_affine(array, rule, kernel.out_axis)
+
+            for _ in range(kernel.stacked_axes):
+                one_layer = jax.vmap(one_layer)
+            return dict(zip(self._siblings().values(), one_layer(array), strict=True))
+
+        return self._with_siblings(params, values)
+
+    def _siblings(self) -> dict[str, str]:
+        """The parameters beside a kernel, by the argument of ``standardize`` that they are."""
+        added = resolve_rule(self.preset).channel_parameters
+        return {"gain": "gain", **{argument: name for argument, (name, _) in added.items()}}
+
+    def _with_siblings(
+        self, params: Params, values: Callable[[Selected, jax.Array], dict[str, jax.Array]]
+    ) -> Params:
+        """The parameters with others beside each kernel that the rule takes."""
+        leaves = _flatten(params)
+        arrays = _arrays(leaves)
         edits: dict[str, Any] = {}
-        if resolve_rule(self.preset).learnable_gain:
-            leaves = _flatten(params)
-            arrays = _arrays(leaves)
-            for kernel in self._select(arrays):
-                array, box = arrays[kernel.path], leaves[kernel.path]
-                layers = array.shape[: kernel.stacked_axes]
-                features = array.shape[kernel.stacked_axes :][kernel.out_axis]
-                gain = jnp.ones((*layers, features), array.dtype)
-                is_variable = isinstance(box, nnx.Variable)
-                edits[sibling(kernel.path, "gain")] = nnx.Param(gain) if is_variable else gain
+        for kernel in self._select(arrays):
+            is_variable = isinstance(leaves[kernel.path], nnx.Variable)
+            for name, value in values(kernel, arrays[kernel.path]).items():
+                edits[sibling(kernel.path, name)] = nnx.Param(value) if is_variable else value
         return _edit(params, edits)
 
     def _select(self, arrays: Mapping[str, jax.Array]) -> list[Selected]:
@@ -153,13 +217,22 @@ class WeightStandardization:
             arrays, self.where, out_axis=self.out_axis, stacked_axes=self.stacked_axes
         )
 
-    def _standardize(self, kernel: Selected, gain: jax.Array | None, array: jax.Array) -> jax.Array:
-        def one_layer(array: jax.Array, gain: jax.Array | None) -> jax.Array:
-            return standardize(array, preset=self.preset, out_axis=kernel.out_axis, gain=gain)
+    def _standardize(
+        self,
+        kernel: Selected,
+        array: jax.Array,
+        *,
+        gain: jax.Array | None,
+        shift: jax.Array | None,
+    ) -> jax.Array:
+        def one_layer(array: jax.Array, gain: Any, shift: Any) -> jax.Array:
+            return standardize(
+                array, preset=self.preset, out_axis=kernel.out_axis, gain=gain, shift=shift
+            )
 
         for _ in range(kernel.stacked_axes):
             one_layer = jax.vmap(one_layer)
-        return one_layer(array, gain)
+        return one_layer(array, gain, shift)
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
