@@ -314,7 +314,8 @@ def _coefficients(
     if fit_at_once(arguments):
         kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
         run = functools.partial(in_one_kernel, plain, kernel)
-    slope, offset, shift, far, aux = run(*arguments)
+    evaluated: Any = run(*arguments)
+    slope, offset, shift, far, aux = evaluated
     if not may_be_far:
         return slope, offset, moments, aux
 
