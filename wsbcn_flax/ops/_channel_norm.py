@@ -231,7 +231,7 @@ def normalize_groups(
         affine = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
         map_of_channels, constants = as_given, ()
         parameters = ChannelMap(center, *affine, floor)
-    static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
+    static: Any = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
     y, aux = _normalize(*static, x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
 
