@@ -231,8 +231,9 @@ def normalize_groups(
         affine = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
         map_of_channels, constants = as_given, ()
         parameters = ChannelMap(center, *affine, floor)
-    static: Any = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
-    y, aux = _normalize(*static, x, mask, moments, constants, parameters)
+    static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
+    normalize: Any = _normalize
+    y, aux = normalize(*static, x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
 
 
