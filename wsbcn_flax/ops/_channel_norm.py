@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -232,7 +232,7 @@ def normalize_groups(
         map_of_channels, constants = as_given, ()
         parameters = ChannelMap(center, *affine, floor)
     static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
-    normalize: Any = _normalize
+    normalize = cast(Any, _normalize)
     y, aux = normalize(*static, x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
 
