@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -228,12 +228,11 @@ def normalize_groups(
         # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
         center, *affine, floor = channel_map
         affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.mean.shape))
-        affine = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
+        slope, constant, scale, bias = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
         map_of_channels, constants = as_given, ()
-        parameters = ChannelMap(center, *affine, floor)
+        parameters = ChannelMap(center, slope, constant, scale, bias, floor)
     static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
-    normalize = cast(Any, _normalize)
-    y, aux = normalize(*static, x, mask, moments, constants, parameters)
+    y, aux = _normalize(*static, x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
 
 
