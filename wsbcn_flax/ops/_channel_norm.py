@@ -228,9 +228,9 @@ def normalize_groups(
         # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
         center, *affine, floor = channel_map
         affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.mean.shape))
-        affine = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
+        slope, constant, scale, bias = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
         map_of_channels, constants = as_given, ()
-        parameters = ChannelMap(center, *affine, floor)
+        parameters = ChannelMap(center, slope, constant, scale, bias, floor)
     static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
     y, aux = _normalize(*static, x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
@@ -314,7 +314,8 @@ def _coefficients(
     if fit_at_once(arguments):
         kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
         run = functools.partial(in_one_kernel, plain, kernel)
-    slope, offset, shift, far, aux = run(*arguments)
+    evaluated: Any = run(*arguments)
+    slope, offset, shift, far, aux = evaluated
     if not may_be_far:
         return slope, offset, moments, aux
 
