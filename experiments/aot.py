@@ -53,18 +53,17 @@ _PROFILED = 24  # Modules.
 _COLUMNS: dict[str, Column] = {
     "norm": ("norm", str),
     "bytes_accessed": ("GB", lambda x: f"{x / 1e9:.2f}"),
-    "estimated_ms": ("est. ms", "{:.2f}".format),
+    "estimated_ms": ("est.\nms", "{:.2f}".format),
     "operations": ("oper-\nations", str),
     "small_operations": ("small\nones", str),
     "small_ms": ("their\nms", "{:.2f}".format),
     "custom_calls": ("custom\ncalls", str),
     "fusions": ("fusions", str),
     "library_calls": ("library\ncalls", str),
-    "temp_bytes": ("temp MB", lambda x: f"{x / 1e6:.0f}"),
-    "argument_bytes": ("args MB", lambda x: f"{x / 1e6:.0f}"),
-    "total_bytes": ("total MB", lambda x: f"{x / 1e6:.0f}"),
+    "temp_bytes": ("temp\nMB", lambda x: f"{x / 1e6:.0f}"),
+    "total_bytes": ("total\nMB", lambda x: f"{x / 1e6:.0f}"),
     "all_reduces": ("all-\nreduces", str),
-    "compile_seconds": ("compiled\nin s", "{:.0f}".format),
+    "compile_seconds": ("compile\ns", "{:.0f}".format),
 }
 
 
