@@ -18,7 +18,6 @@ from wsbcn_flax import ChannelNorm
         {"num_groups": 2, "use_bias": False, "scale_init": nn.initializers.constant(0.5)},
         {"num_groups": 1, "use_scale": False, "bias_init": nn.initializers.ones},
     ],
-    ids=str,
 )
 def test_equals_flax_group_norm(options):
     """The parameters it makes, the output, and the gradients of all arrays."""

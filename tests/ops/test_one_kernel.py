@@ -70,7 +70,6 @@ def bcn_and_gradients(affine, statistics="estimate", masked=False, **options):
         ("channel", {"use_running_average": True}),
         ("group", {"statistics": "batch"}),
     ],
-    ids=str,
 )
 def test_batch_channel_norm_by_kernels(affine, options, request):
     expected = bcn_and_gradients(affine, **options)
