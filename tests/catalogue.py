@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from oracles import normal
 
-from wsbcn_flax import BatchChannelNorm, WSConv, WSConvTranspose, WSDense
+from wsbcn_flax import BatchChannelNorm, ChannelNorm, WSConv, WSConvTranspose, WSDense
 from wsbcn_flax.models import (
     VGG,
     BasicBlock,
@@ -134,6 +134,12 @@ CATALOGUE: dict[str, Entry] = {
         make=lambda dtype: WSDense(6, dtype=dtype),
         shape=(2, 5, 4),
         params=frozenset({"kernel", "bias"}),
+    ),
+    "channel_norm": Entry(
+        name="ChannelNorm",
+        make=lambda dtype: ChannelNorm(num_groups=2, dtype=dtype),
+        shape=(2, 5, 6, 4),
+        params=frozenset({"scale", "bias"}),
     ),
     "bcn_update_first": Entry(
         name="BatchChannelNorm",

@@ -97,7 +97,7 @@ def test_every_split_gives_the_same_step(model, split):
 
 
 def test_batch_norm_depends_on_the_split():
-    """What shows that the tolerance above tells something."""
+    """A negative control of the tolerance above."""
     model = Functional(functools.partial(Tiny, norm=nnx.BatchNorm))
     split = one_step(model, count=4, loop="vmap")
     assert relative_difference(one_step(model), split) > 1e-3

@@ -1,4 +1,4 @@
-"""What NNX users rely on: random numbers, masks, caches, modes, and NNX's transformations."""
+"""NNX users rely on this: random numbers, masks, caches, modes, and NNX's transformations."""
 
 import functools
 

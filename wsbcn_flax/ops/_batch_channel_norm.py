@@ -25,6 +25,7 @@ from wsbcn_flax.ops._channel_norm import (
 )
 from wsbcn_flax.ops._checks import (
     check_activation,
+    check_channel_part,
     check_channels,
     check_groups,
     check_mask,
@@ -166,6 +167,7 @@ def batch_channel_norm(
         batch_scale=batch_scale,
         batch_bias=batch_bias,
     )
+    check_channel_part(x.shape[-1], num_groups, scale=channel_scale, bias=channel_bias)
     alone = statistics == "batch" and not use_running_average and axis_name is None
     if alone and math.prod(x.shape[:-1]) == 1:
         warnings.warn(

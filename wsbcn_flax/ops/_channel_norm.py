@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._checks import check_activation, check_groups, check_mask, full_mask
+from wsbcn_flax.ops._checks import (
+    check_activation,
+    check_channel_part,
+    check_groups,
+    check_mask,
+    full_mask,
+)
 from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automatic_axes
 from wsbcn_flax.ops._moments import (
     ChannelMoments,
@@ -83,6 +89,7 @@ def channel_norm(
     """
     check_activation(x, caller="channel_norm")
     check_groups(x.shape, num_groups, caller="channel_norm")
+    check_channel_part(x.shape[-1], num_groups, scale=scale, bias=bias)
     check_mask(mask, x, caller="channel_norm")
     normalize = functools.partial(
         _channel_norm,

@@ -93,3 +93,15 @@ def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     dtype = jnp.dtype(dtype)
     wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
     return dtype if wide else jnp.dtype(jnp.float32)
+
+
+def check_channel_part(
+    features: int, num_groups: int, *, scale: jax.Array | None, bias: jax.Array | None
+) -> None:
+    """Checks that the channel part's scale and bias have a value per group or per channel."""
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None and value.shape not in ((features,), (num_groups,)):
+            raise ValueError(
+                f"The channel part's {name} must have one value per group, ({num_groups},), or per "
+                f"channel, ({features},), received shape {value.shape}."
+            )

@@ -1,4 +1,4 @@
-"""What every network shares: convolutions, stages of blocks, the head."""
+"""Parts that all networks share: convolutions, stages of blocks, the head."""
 
 import functools
 from collections.abc import Callable, Sequence
