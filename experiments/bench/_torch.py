@@ -113,7 +113,7 @@ def nms_calls(boxes: np.ndarray, scores: np.ndarray) -> dict[Key, Call]:
     """Makes the call of torchvision's suppression, which returns the indices that it keeps."""
     arguments = torch.from_numpy(boxes), torch.from_numpy(scores)
     call = functools.partial(torchvision.ops.nms, *arguments, NMS_THRESHOLD)
-    return {("torchvision", "forward"): call}
+    return {("torch", "forward"): call}
 
 
 def roi_calls(features: np.ndarray, cotangent: np.ndarray, boxes: np.ndarray) -> dict[Key, Call]:
@@ -130,6 +130,6 @@ def roi_calls(features: np.ndarray, cotangent: np.ndarray, boxes: np.ndarray) ->
         return y.detach(), torch.autograd.grad(y, x, dy)
 
     return {
-        ("torchvision", "forward"): torch.no_grad()(pool),
-        ("torchvision", "forward_backward"): forward_backward,
+        ("torch", "forward"): torch.no_grad()(pool),
+        ("torch", "forward_backward"): forward_backward,
     }

@@ -60,7 +60,7 @@ class Detection(timing.Measurement):
             calls = roi_calls(features, cotangent, boxes)
             calls |= torch.roi_calls(features, cotangent, boxes) if torch else {}
             seconds = timing.interleaved_seconds(calls, rounds=self.rounds)
-            rows += _rows(f"roi_align to {bins}x{bins}", seconds)
+            rows += _rows(f"roi_align {bins}x{bins}", seconds)
         timing.print_rows("Operations of detectors", rows)
         return rows
 
@@ -109,8 +109,8 @@ def _rows(operation: str, seconds: Times) -> list[dict[str, Any]]:
     """Returns a row for each form and pass, with its ratio to torchvision's where that is timed."""
     rows = []
     for (form, which), times in seconds.items():
-        theirs = seconds.get(("torchvision", which))
-        references = {} if theirs is None else {"torchvision": theirs}
+        theirs = seconds.get(("torch", which))
+        references = {} if theirs is None else {"torch": theirs}
         row = {"operation": operation, "form": form, "pass": which}
         rows.append(row | figures(times, **references))
     return rows

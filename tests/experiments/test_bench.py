@@ -213,7 +213,7 @@ def test_detection_writes_its_rows(tmp_path):
     assert [(row["operation"], row["form"], row["pass"]) for row in rows] == [
         ("nms of 8", "ours", "forward"),
         *(
-            (f"roi_align to {bins}x{bins}", form, which)
+            (f"roi_align {bins}x{bins}", form, which)
             for bins in (7, 14)
             for form in ("gather", "einsum")
             for which in ("forward", "forward_backward")

@@ -135,11 +135,11 @@ def test_operations_of_detectors_compute_what_ours_do(theirs):
     boxes, scores = detection.random_boxes(60, FEATURES[1:])
     kept = detection.nms_calls(boxes, scores)["ours", "forward"]()
     order = np.argsort(-scores)
-    expected = theirs.nms_calls(boxes, scores)["torchvision", "forward"]().numpy()
+    expected = theirs.nms_calls(boxes, scores)["torch", "forward"]().numpy()
     np.testing.assert_array_equal(order[np.asarray(kept)[order]], expected)
     arrays = normal_arrays(FEATURES, (60, 7, 7, 4))
     calls = theirs.roi_calls(*arrays, boxes)
-    y, (dx,) = calls["torchvision", "forward_backward"]()
+    y, (dx,) = calls["torch", "forward_backward"]()
     for (_, which), call in detection.roi_calls(*arrays, boxes).items():
         received = call()
         chex.assert_trees_all_close(received[0], y.numpy().transpose(0, 2, 3, 1), atol=1e-4)
