@@ -62,8 +62,8 @@ _COLUMNS: dict[str, Column] = {
     "library_calls": ("library\ncalls", str),
     "temp_bytes": ("temp\nMB", lambda x: f"{x / 1e6:.0f}"),
     "total_bytes": ("total\nMB", lambda x: f"{x / 1e6:.0f}"),
-    "all_reduces": ("all-\nreduces", str),
-    "compile_seconds": ("compile\ns", "{:.0f}".format),
+    "all_reduces": ("all-\nre-\nduces", str),
+    "compile_seconds": ("com-\npile\ns", "{:.0f}".format),
 }
 
 
