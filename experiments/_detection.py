@@ -142,7 +142,7 @@ class DetectionRecipe(Recipe):
             )
         from experiments.convert import load_weights  # It imports the recipes.
 
-        trained = load_weights(Path(self.model.weights).expanduser())
+        trained = load_weights(Path(self.model.weights).expanduser(), weight=self.weight)
         return {
             kind: {"backbone": {name: leaf for name, leaf in leaves.items() if name != "head"}}
             for kind, leaves in trained.items()

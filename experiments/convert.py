@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import importlib.resources
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ import tyro
 from experiments._command import make_main
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._model_file import TrainedModel, load_model
-from experiments._recipe import Recipe
+from experiments._recipe import Recipe, WeightConfig
 from experiments.recipes import get_recipe
 from wsbcn_flax._extras import require
 from wsbcn_flax.transforms import (
@@ -144,12 +145,32 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def load_weights(path: Path) -> dict[str, Any]:
-    """Returns the variables of a run, of a converted file or of a PyTorch checkpoint."""
+def load_weights(path: Path, *, weight: WeightConfig) -> dict[str, Any]:
+    """Returns the variables of a run, of a converted file or of a PyTorch checkpoint.
+
+    Warns where ``weight``, the transform that they are for, is not the one they were trained with.
+    """
     if path.is_dir() or path.suffix == ".safetensors":
-        return load_model(path).variables
+        model = load_model(path)
+        _warn_of_another_function(path, model.recipe.weight.convention, weight)
+        return model.variables
     state_dict = read_state_dict(path)
-    return import_checkpoint(state_dict, _name_of(path, state_dict))
+    name = _name_of(path, state_dict)
+    # Keys alone do not tell whether a network was trained with Weight Standardization.
+    if path.name.startswith(f"{name}."):
+        _warn_of_another_function(path, checkpoint_spec(name).preset or "none", weight)
+    return import_checkpoint(state_dict, name)
+
+
+def _warn_of_another_function(path: Path, trained: str, weight: WeightConfig) -> None:
+    if trained != weight.convention:
+        kind = "none" if trained == "none" else f"ws --weight.preset {trained}"
+        warnings.warn(
+            "Kernels keep their function with the transform that they were trained with alone, "
+            f"received weight.kind {weight.kind} ({weight.convention}) for {path.name}, which was "
+            f"trained with {trained}. Use --weight.kind {kind}.",
+            stacklevel=2,
+        )
 
 
 def _name_of(path: Path, state_dict: Mapping[str, np.ndarray]) -> str:

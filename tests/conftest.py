@@ -6,13 +6,17 @@ import os
 import pathlib
 import time
 
-# Tests spend their time compiling programs that run once: LLVM's optimizations cost five times what
-# they save. XLA's own passes, which decide fusions and collectives, run as ever.
+# Tests spend their time compiling programs that run once: LLVM's optimizations, and the emitters
+# that count on them, cost several times what they save. XLA's own passes, which decide fusions and
+# collectives, run as ever.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +29,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects that live on; looking through them a hundred times less saves a tenth.
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_configure(config):
@@ -57,12 +63,3 @@ def mesh8():
     """Eight simulated devices along one axis named "data"."""
     assert jax.device_count() == 8
     return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles several times faster to slower code: for modules of tests that mostly compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

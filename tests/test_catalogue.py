@@ -17,7 +17,6 @@ from wsbcn_flax import layers, models
 
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=2e-4, atol=2e-5)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Module-scoped fixtures are shared by index: PARTS are the first entries of CATALOGUE.
 each_part = pytest.mark.parametrize(
     "entry", PARTS.values(), ids=list(PARTS), indirect=True, scope="module"

@@ -18,7 +18,7 @@ def console():
 
 
 @pytest.fixture
-def tiny_network(monkeypatch, quick_compilation):
+def tiny_network(monkeypatch):
     """Makes resnet8 a stem and one block, for tests of what is done with any network."""
     monkeypatch.setitem(_models.MODELS, "resnet8", TINY_NETWORK)
 
@@ -30,7 +30,6 @@ def tiny_processes(monkeypatch, tiny_network):
 
     def start_tiny(command, *, env=os.environ, **options):
         command = [COMMAND if part == "experiments.train" else part for part in command]
-        env = {**env, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         return start(command, env=env, **options)
 
     monkeypatch.setattr(subprocess, "Popen", start_tiny)

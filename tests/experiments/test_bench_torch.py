@@ -17,7 +17,6 @@ from wsbcn_flax import WSConv, standardize
 from wsbcn_flax.models import ResNet50
 from wsbcn_flax.transforms import import_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE, GROUPS = (2, 4, 4, 8), 4
 FEATURES = (1, 12, 16, 4)
 

@@ -13,7 +13,6 @@ def data_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path / "data"))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_writes_table_json_and_figure(tmp_path, capsys, monkeypatch):
     # One block would not tell batch normalization from batch-channel normalization; three do.
     narrow = functools.partial(models.CifarResNet, depth=8, width=4)

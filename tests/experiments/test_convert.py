@@ -10,7 +10,6 @@ from experiments._model_file import load_model
 from wsbcn_flax.transforms import export_checkpoint
 
 CLASSES = tuple(f"class {number}" for number in range(1000))
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("name", ["R-50-BCN-WS", "R-50-GN-WS", "resnet18"])

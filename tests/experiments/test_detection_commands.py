@@ -16,6 +16,7 @@ from coco_files import CATEGORIES, coco_content, write_coco
 from experiments import convert, detect, evaluate, predict, train
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._model_file import TrainedModel, restore_run
+from experiments._recipe import WeightConfig
 from experiments.recipes import PUBLISHED, get_recipe
 from wsbcn_flax.models.detection import MaskRCNN
 from wsbcn_flax.training import Experiment, Program
@@ -83,6 +84,13 @@ def test_a_backbone_starts_from_imagenet_weights(imagenet_weights):
     for kind in ("params", "batch_stats"):
         own = getattr(state, kind)["backbone"]
         assert jax.tree.structure(trained[kind]["backbone"]) == jax.tree.structure(own)
+
+
+def test_weights_of_another_function_are_told(imagenet_weights):
+    recipe = _with_weights("coco_mask_rcnn_r50_bcn_ws", imagenet_weights)
+    plain = dataclasses.replace(recipe, weight=WeightConfig(kind="none"))
+    with pytest.warns(UserWarning, match="Use --weight.kind ws --weight.preset official"):
+        plain.trained_variables()
 
 
 def test_weights_that_do_not_fit_are_refused(imagenet_weights):

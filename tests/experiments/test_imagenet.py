@@ -9,7 +9,6 @@ from experiments import evaluate, predict, train
 
 CLASSES = ("n01440764", "n01443537")
 COLORS = ("red", "blue")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from experiments._model_file import load_model
 from wsbcn_flax import data
 from wsbcn_flax.data import load_split
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

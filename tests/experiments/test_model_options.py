@@ -14,8 +14,6 @@ from experiments.recipes import get_recipe
 from wsbcn_flax import models
 from wsbcn_flax.training import BatchConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH = {
     "image": np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32),
     "label": np.arange(16, dtype=np.int32) % 10,

@@ -20,8 +20,6 @@ from experiments.recipes import get_recipe, recipe_from_dict, recipe_names, reci
 from wsbcn_flax import models
 from wsbcn_flax.data import dataset_names
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGENET = ("resnet50", "resnet101", "resnext50_32x4d", "resnext101_32x4d")
 CIFAR = ("resnet110", "preresnet110", "resnext29_8x64d", "wrn28_10")
 ROWS = (

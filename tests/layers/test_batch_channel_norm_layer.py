@@ -15,9 +15,6 @@ from wsbcn_flax.ops import RunningStats
 X = 2 + normal(1, 2, 5, 6, 8)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def init(norm, x=X):
     return norm.init(jax.random.key(0), x)
 

@@ -52,9 +52,6 @@ CASES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("case", "preset"),

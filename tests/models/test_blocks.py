@@ -20,9 +20,6 @@ each_block = pytest.mark.parametrize(
 )
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("block", [BasicBlock, functools.partial(Bottleneck, base_width=256)])
 def test_activation_after_the_sum_starts_as_the_shortcut(block, norm):

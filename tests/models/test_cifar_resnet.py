@@ -18,8 +18,6 @@ from wsbcn_flax.models import BasicBlock, CifarResNet, PreActBlock
 
 X = normal(1, 2, 16, 16, 3)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def init(model):

@@ -14,8 +14,6 @@ from wsbcn_flax import BatchChannelNorm
 from wsbcn_flax.models import BasicBlock, Bottleneck, PreActBlock, ResNet
 from wsbcn_flax.models._padding import repeat_edges
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE, PADDED = (35, 42), (64, 48)
 Tiny = functools.partial(ResNet, stage_sizes=(1, 1), features=16, stem_features=8)
 GN = functools.partial(nn.GroupNorm, num_groups=4)

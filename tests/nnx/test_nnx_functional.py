@@ -28,7 +28,6 @@ from wsbcn_flax.training import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 BATCH = {
     "image": RNG.normal(0.5, 2.0, (16, 8, 8, 3)).astype(np.float32),

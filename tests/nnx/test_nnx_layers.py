@@ -13,7 +13,6 @@ import wsbcn_flax
 from wsbcn_flax.nnx import BatchChannelNorm, WSConv, WSConvTranspose, WSLinear, to_variables
 from wsbcn_flax.ops import StandardizationRule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = normal(1, 2, 4, 4, 8)
 
 

@@ -15,7 +15,6 @@ from wsbcn_flax.nnx import BatchChannelNorm, WSConv, to_variables
 from wsbcn_flax.training import kernel_mask
 from wsbcn_flax.transforms import fold_weight_standardization
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = normal(1, 2, 6, 6, 3)
 
 

@@ -13,7 +13,6 @@ from nnx_twins import LAYERS, MODELS, TWINS
 import wsbcn_flax.nnx
 from wsbcn_flax.nnx import to_variables
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 each_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=list(TWINS))
 
 

@@ -9,7 +9,6 @@ from oracles import normal, tree_relative_error
 
 from wsbcn_flax.ops import RunningStats, batch_channel_norm, channel_norm, standardize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SPLITS = {
     "batch": P("data"),
     "height": P(None, "data"),

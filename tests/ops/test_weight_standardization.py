@@ -30,9 +30,6 @@ GOLDEN_FILES = {
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def formula(preset, kernel, xp=np, out_axis=-1):
     """The oracle for a kernel of any rank."""
     moved = xp.moveaxis(kernel, out_axis, -1)

@@ -13,8 +13,6 @@ from scenes import GN, scenes, tiny
 from wsbcn_flax.ops.detection import AUTHORS
 from wsbcn_flax.training import MicroBatches, Partition, init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = 1e-5
 OPTIMIZER = optax.sgd(0.02, momentum=0.9)
 TASK = tiny(leave_out_padding=True)

@@ -21,7 +21,6 @@ from wsbcn_flax.transforms import import_checkpoint
 
 torch = pytest.importorskip("torch", reason="comparing needs the extra torch")
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # The boxes of a batch of one image are lists of one array there.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]

@@ -22,8 +22,6 @@ from wsbcn_flax.training import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 5
 TOLERANCE = 5e-6  # Relative, for each step taken.
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)

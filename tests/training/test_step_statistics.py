@@ -15,7 +15,6 @@ from oracles import relative_difference
 from wsbcn_flax import BatchChannelNorm, WeightStandardization
 from wsbcn_flax.training import MicroBatches, Partition, TrainState, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = 5e-6
 NAMES = ("mean", "var", "count")
 SGD = optax.sgd(0.1, momentum=0.9)

@@ -24,8 +24,6 @@ from wsbcn_flax.transforms import (
     import_checkpoint,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = 1e-4  # Relative, of float32 against the float64 oracle.
 
 # Of each published checkpoint: arrays, numbers, and the SHA-256 of its sorted [key, shape] list.

@@ -20,7 +20,6 @@ from wsbcn_flax.nnx import load_variables
 from wsbcn_flax.training import OptimizerConfig
 from wsbcn_flax.transforms import import_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = normal(1, 2, 6, 6, 3)
 AWS = WeightStandardization(preset="aws")
 

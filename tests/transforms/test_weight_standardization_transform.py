@@ -21,9 +21,6 @@ from wsbcn_flax.transforms import ConvolutionKernel, normalized_convolutions
 X = normal(1, 2, 8, 8, 3)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 class Net(nn.Module):
     """Two blocks and a convolutional head."""
 

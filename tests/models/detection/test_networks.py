@@ -17,7 +17,6 @@ from wsbcn_flax.models.detection import FPN, BoxHead, MaskHead, MaskRCNN, RPNHea
 from wsbcn_flax.models.detection._mask_head import _Deconv
 from wsbcn_flax.transforms import normalized_convolutions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 GN = functools.partial(nn.GroupNorm, num_groups=4, epsilon=1e-5)
 BCN = functools.partial(BatchChannelNorm, num_groups=4)
 
