@@ -55,7 +55,8 @@ def test_the_published_detector_has_the_authors_size():
 @pytest.fixture(scope="module")
 def imagenet_weights(tmp_path_factory):
     """A converted ImageNet network whose arrays all hold ones."""
-    recipe = get_recipe("imagenet_resnet50_bcn_ws")
+    weight = get_recipe("coco_mask_rcnn_r50_bcn_ws").weight
+    recipe = dataclasses.replace(get_recipe("imagenet_resnet50_bcn_ws"), weight=weight)
     state = jax.eval_shape(lambda: recipe.experiment().init(0))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     model = TrainedModel(
