@@ -6,6 +6,7 @@ import pytest
 from experiments import _models, compare
 from experiments.compare import Result, spread
 from wsbcn_flax import models
+from wsbcn_flax._folder_lock import lock_folder
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,14 @@ def test_writes_table_json_and_figure(tmp_path, capsys, monkeypatch):
 def test_errors_come_before_the_first_run(arguments, message, tmp_path, capsys):
     assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
+    arguments = ["--norms", "bn", "--micro-batches", "64", "--out", str(tmp_path / "out")]
+    with lock_folder(tmp_path / "out"):
+        assert compare.main(arguments) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_refuses_to_compare_nothing():

@@ -2,10 +2,12 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from experiments import train
 from experiments.crash import CrashOptions, crash
+from wsbcn_flax.data import default_data_dir
 from wsbcn_flax.training.writers import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("data_dir")
@@ -110,6 +112,21 @@ def test_help_names_every_recipe_on_two_screens(capsys):
     assert len(printed.splitlines()) < 48
     for part in ("digits", "wrn28_10", "bcn", "cwn", "imagenet_resnet50_gn_ws", "23.72 %"):
         assert part in printed
+
+
+@pytest.mark.parametrize("own", [None, "of_the_user"])
+def test_programs_are_kept_for_the_next_command(own):
+    """Beside the data, unless JAX was told where."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.read(name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", own)
+    try:
+        assert train.main(["digits_resnet9_bn"]) == 1
+        kept = jax.config.read("jax_compilation_cache_dir")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert kept == (own or str(default_data_dir().parent / "compiled"))
 
 
 @pytest.mark.usefixtures("tiny_processes")
