@@ -118,11 +118,11 @@ def test_help_names_every_recipe_on_two_screens(capsys):
 def test_programs_are_kept_for_the_next_command(own):
     """Beside the data, unless JAX was told where."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.read(name) for name in names}
+    before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", own)
     try:
         assert train.main(["digits_resnet9_bn"]) == 1
-        kept = jax.config.read("jax_compilation_cache_dir")
+        kept = jax.config.jax_compilation_cache_dir
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
