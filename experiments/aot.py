@@ -79,6 +79,7 @@ def aot(
     mode: Literal["shard_map", "jit"] = "shard_map",
     dtype: Dtype = "bfloat16",
     remat: bool = False,
+    reduce_dtype: Literal["bfloat16"] | None = None,
     compiler_options: dict[str, str] | None = None,
     fits: float | None = None,
     profile: bool = False,
@@ -99,6 +100,7 @@ def aot(
         mode: How devices are used.
         dtype: Computation dtype; parameters and statistics are float32.
         remat: Whether residual blocks are rematerialized.
+        reduce_dtype: Dtype in which devices add up gradients; their own if None.
         compiler_options: Options of XLA, names and values in turn.
         fits: Memory of a device in GiB. Finds the largest micro-batch of the batch that fits.
         profile: Whether to list the costliest modules of each step.
@@ -133,6 +135,7 @@ def aot(
                 size=batch * chips,
                 micro=None if micro is None else micro * shares,
                 mode=mode,
+                reduce_dtype=reduce_dtype,
                 loop="scan",  # "auto" would ask for this machine's backend.
                 compiler_options=compiler_options or {},
             ),

@@ -1,9 +1,14 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from wsbcn_flax.training import make_train_step
 from wsbcn_flax.training._all_reduce import mean_over_devices
 
 
@@ -31,6 +36,28 @@ def test_is_the_mean_of_every_array_in_its_own_dtype(mesh8):
         tolerance = 8 * float(jnp.finfo(array.dtype).eps)
         expected = np.asarray(array, np.float64).mean(0)
         np.testing.assert_allclose(np.asarray(mean, np.float64), expected, atol=tolerance)
+
+
+def test_matrices_are_added_up_in_another_dtype(mesh8):
+    arrays = tree()
+    reduce = jax.jit(on_devices(mesh8, lambda t: mean_over_devices(t, "data", dtype=jnp.bfloat16)))
+    sent = re.findall(r"all_reduce.*?-> tensor<([^>]*)>", reduce.lower(arrays).as_text(), re.DOTALL)
+    assert sorted(sent) == ["13xf32", "3x2xbf16", "3x2xbf16"]
+    for (path, mean), array in zip(
+        jax.tree.leaves_with_path(reduce(arrays)), jax.tree.leaves(arrays), strict=True
+    ):
+        assert mean.dtype == array.dtype
+        narrow = mean.ndim > 1 or mean.dtype == jnp.bfloat16
+        tolerance = 8 * float(jnp.finfo(jnp.bfloat16 if narrow else mean.dtype).eps)
+        expected = np.asarray(array, np.float64).mean(0)
+        error = np.abs(np.asarray(mean, np.float64) - expected).max()
+        assert error <= tolerance, path
+        assert (error > 1e-5) == narrow, path
+
+
+def test_a_dtype_to_reduce_in_needs_an_axis():
+    with pytest.raises(ValueError, match="reduce_dtype is for a step that reduces"):
+        make_train_step(lambda *_: None, optax.sgd(0.1), reduce_dtype=jnp.bfloat16)
 
 
 def test_scalars_and_vectors_travel_as_one(mesh8):

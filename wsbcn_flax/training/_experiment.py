@@ -79,6 +79,8 @@ class BatchConfig:
         batch_stats: "average" or "carry"; see ``MicroBatches``.
         mode: How devices are used: "shard_map", "jit" or "pmap"; see ``Partition``.
         devices: Number of devices; all if None.
+        reduce_dtype: Dtype in which devices add up gradients; see ``make_train_step``. Not for
+            mode "jit".
         shard_optimizer: Whether devices share out the optimizer's state; for mode "jit".
         compiler_options: Options of XLA; not for mode "pmap".
         evaluation: Number of samples in an evaluation batch; ``size`` if None.
@@ -90,6 +92,7 @@ class BatchConfig:
     batch_stats: BatchStatsRule = "average"
     mode: Literal["shard_map", "jit", "pmap"] = "shard_map"
     devices: int | None = None
+    reduce_dtype: Literal["bfloat16"] | None = None
     shard_optimizer: bool = False
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     evaluation: int | None = None
@@ -224,6 +227,7 @@ class Experiment:
             kernel_dtype=self.kernel_dtype,
             micro_batches=self.batch.micro_batches(partition.mesh.size),
             axis_name=partition.axis_name,
+            reduce_dtype=self.batch.reduce_dtype,
             seed=self.seed,
         )
         init = jax.jit(self.init)
