@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from nnx_twins import LAYERS, MODELS, TWINS
 
+import wsbcn_flax.models
 import wsbcn_flax.nnx
 from wsbcn_flax.nnx import to_variables
 
@@ -101,6 +102,18 @@ def test_variables_have_the_names_shapes_and_dtypes_of_linen(twin):
     """Which initial values they have differs: Linen draws from keys of its own."""
     shapes = to_variables(nnx.eval_shape(lambda: twin.make(dtype=None, rngs=nnx.Rngs(0))))
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, twin.variables)
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "ResNet50", "ResNeXt50_32x4d"])
+def test_published_networks_have_the_names_shapes_and_dtypes_of_linen(name):
+    """So that checkpoints of one are checkpoints of the other."""
+    make, norm = getattr(wsbcn_flax.nnx.models, name), wsbcn_flax.nnx.BatchChannelNorm
+    shapes = to_variables(nnx.eval_shape(lambda: make(norm=norm, rngs=nnx.Rngs(0))))
+    linen = getattr(wsbcn_flax.models, name)(norm=wsbcn_flax.BatchChannelNorm)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    init = functools.partial(linen.init, train=False)
+    expected = jax.eval_shape(init, jax.random.key(0), images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, dict(expected))
 
 
 @pytest.mark.parametrize("twin", LAYERS.values(), ids=list(LAYERS))
