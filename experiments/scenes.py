@@ -121,10 +121,9 @@ def _write(options: ScenesOptions) -> None:
             objects[split] = write_split(options.out, split, shown(scenes), class_names=names)
     if options.figure is not None:
         draw_figure(options.out, options.figure)
-    rich.print(
-        f"{options.out}: {options.train:,} training images with {objects['train']:,} items and "
-        f"{options.val:,} validation images with {objects['val']:,} items"
-    )
+    rich.print(f"{options.out}:")
+    for split, images in (("train", options.train), ("val", options.val)):
+        rich.print(f"  {split}: {images:,} images with {objects[split]:,} items")
 
 
 def load_photographs(split: str) -> list[np.ndarray]:

@@ -103,7 +103,7 @@ def test_an_item_covers_its_outline_and_holes_in_it():
 
 def test_the_command_writes_coco_format(run, tmp_path, capsys):
     assert run("--figure", str(tmp_path / "figures" / "few.png")) == 0
-    assert "5 training images with" in " ".join(capsys.readouterr().out.split())
+    assert "train: 5 images with" in capsys.readouterr().out
     folder = tmp_path / "scenes"
     for split, count in (("train", 5), ("val", 3)):
         file = folder / f"instances_{split}.json"
