@@ -1,6 +1,7 @@
 """Strict settings for every test: eight CPU devices, no silent rank promotion, no leaked state."""
 
 import contextlib
+import ctypes
 import gc
 import os
 import pathlib
@@ -49,6 +50,8 @@ def _release_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # A C library without it.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
