@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from wsbcn_flax.training import make_train_step
+from wsbcn_flax.training import Partition, TrainState, make_train_step
 from wsbcn_flax.training._all_reduce import mean_over_devices
 
 
@@ -38,21 +38,41 @@ def test_is_the_mean_of_every_array_in_its_own_dtype(mesh8):
         np.testing.assert_allclose(np.asarray(mean, np.float64), expected, atol=tolerance)
 
 
-def test_matrices_are_added_up_in_another_dtype(mesh8):
-    arrays = tree()
-    reduce = jax.jit(on_devices(mesh8, lambda t: mean_over_devices(t, "data", dtype=jnp.bfloat16)))
-    sent = re.findall(r"all_reduce.*?-> tensor<([^>]*)>", reduce.lower(arrays).as_text(), re.DOTALL)
-    assert sorted(sent) == ["13xf32", "3x2xbf16", "3x2xbf16"]
-    for (path, mean), array in zip(
-        jax.tree.leaves_with_path(reduce(arrays)), jax.tree.leaves(arrays), strict=True
-    ):
-        assert mean.dtype == array.dtype
-        narrow = mean.ndim > 1 or mean.dtype == jnp.bfloat16
+def test_gradients_of_matrices_alone_are_added_up_in_another_dtype(mesh8):
+    """Not statistics that are matrices, as those of stacked layers are."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 2), "bias": (7,), "stacked": (2, 5)}
+    batch = {k: rng.normal(size=(8, *shape)).astype(np.float32) for k, shape in shapes.items()}
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        """The parameters' gradients, and the statistics, are the means of the batch."""
+        means = jax.tree.map(lambda x: x.mean(0), batch)
+        loss = sum(jnp.vdot(params[name], means[name]) for name in params)
+        return loss, ({"stacked": means["stacked"]}, {})
+
+    partition = Partition(devices=list(mesh8.devices.flat))
+    axis = partition.axis_name
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(loss_fn, optimizer, axis_name=axis, reduce_dtype=jnp.bfloat16)
+    params = {name: jnp.zeros(shapes[name]) for name in ("kernel", "bias")}
+    stats = {"stacked": jnp.zeros(shapes["stacked"])}
+    state = TrainState.create({"params": params, "batch_stats": stats}, optimizer)
+    step = partition.compile(step, donate_state=False)
+    arguments = partition.place_state(state), partition.place_batch(batch)
+    sent = re.findall(
+        r"all_reduce.*?-> tensor<([^>]*)>", step.lower(*arguments).as_text(), re.DOTALL
+    )
+    assert sorted(sent) == ["2x5xf32", "3x2xbf16", "9xf32"]  # The loss and its weight: 7 + 2.
+    new, _ = step(*arguments)
+    for name, mean in (new.params | new.batch_stats).items():
+        assert mean.dtype == jnp.float32
+        narrow = name == "kernel"
         tolerance = 8 * float(jnp.finfo(jnp.bfloat16 if narrow else mean.dtype).eps)
-        expected = np.asarray(array, np.float64).mean(0)
-        error = np.abs(np.asarray(mean, np.float64) - expected).max()
-        assert error <= tolerance, path
-        assert (error > 1e-5) == narrow, path
+        expected = np.asarray(batch[name], np.float64).mean(0)
+        sign = 1 if name == "stacked" else -1
+        error = np.abs(sign * np.asarray(mean, np.float64) - expected).max()
+        assert error <= tolerance, name
+        assert (error > 1e-5) == narrow, name
 
 
 def test_a_dtype_to_reduce_in_needs_an_axis():

@@ -6,22 +6,17 @@ import jax
 from jax import flatten_util, lax
 
 
-def mean_over_devices(
-    tree: Any, axis_name: str, *, dtype: jax.typing.DTypeLike | None = None
-) -> Any:
+def mean_over_devices(tree: Any, axis_name: str) -> Any:
     """Averages every array over the devices of an axis, in one all-reduce.
 
     Scalars and vectors (scales, biases, statistics, metrics) travel as one vector: XLA combines
     some hundred arrays at most into one all-reduce, and a deep network has more.
-
-    With a ``dtype``, arrays of rank 2 and more are added up in it, and return to their own. The
-    vector stays as it is; XLA reduces one dtype at a time, so that there are two all-reduces.
     """
     leaves, structure = jax.tree.flatten(tree)
-    large = [leaf if dtype is None else leaf.astype(dtype) for leaf in leaves if leaf.ndim > 1]
+    large = [leaf for leaf in leaves if leaf.ndim > 1]
     vector, unpack = flatten_util.ravel_pytree([leaf for leaf in leaves if leaf.ndim < 2])
     large, vector = lax.pmean((large, vector), axis_name)
     small = iter(unpack(vector))
     large = iter(large)
-    means = [next(large).astype(leaf.dtype) if leaf.ndim > 1 else next(small) for leaf in leaves]
+    means = [next(large) if leaf.ndim > 1 else next(small) for leaf in leaves]
     return jax.tree.unflatten(structure, means)

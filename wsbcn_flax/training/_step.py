@@ -119,8 +119,11 @@ def make_train_step(
         out = evaluate_micro_batches(
             loss, params, state.batch_stats, batch, micro_batches=micro_batches, rng=rng
         )
+        if reduce_dtype is not None:
+            narrow = functools.partial(_narrow, dtype=reduce_dtype)
+            out = out._replace(gradients=jax.tree.map(narrow, out.gradients))
         if axis_name is not None:
-            out = mean_over_devices(out, axis_name, dtype=reduce_dtype)
+            out = mean_over_devices(out, axis_name)
         with jax.named_scope("statistics"):
             batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
@@ -182,6 +185,11 @@ def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:
         return loss, (collected(given, returned), means)
 
     return adding_loss_fn
+
+
+def _narrow(gradient: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A gradient as devices add it up; vectors travel with statistics and metrics."""
+    return gradient.astype(dtype) if gradient.ndim > 1 else gradient
 
 
 def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:

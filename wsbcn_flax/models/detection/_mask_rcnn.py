@@ -25,8 +25,8 @@ class MaskRCNN(nn.Module):
         where = normalized_convolutions(model, images, train=False)
         transform = WeightStandardization(preset="official", where=where)
 
-    These are the convolutions that the authors standardize: of the backbone, the pyramid and the
-    four of each head. With ``conv=WSConv`` here and in the backbone it is the same network.
+    The authors standardize the same: the convolutions of the backbone and of the pyramid, and four
+    in each head. With ``conv=WSConv`` here and in the backbone it is the same network.
 
     Submodules: ``backbone``, ``fpn``, ``rpn``, ``box_head`` and ``mask_head``.
 
