@@ -24,36 +24,33 @@ DATA = {
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("statistics", ["batch", "estimate"])
-def test_outputs_are_rounded_only_at_the_end(statistics, shape):
+@pytest.mark.parametrize("running_mean", [0.0, 1e4])
+def test_outputs_are_rounded_only_at_the_end(running_mean, statistics, shape):
     """Within twice the rounding of the float64 result, beside float32's own error at zero."""
     options = {"num_groups": 4, "statistics": statistics, "order": "normalize_first"}
-    norm, running = (
-        jax.jit(functools.partial(batch_channel_norm, **options)),
-        RunningStats.fresh(12),
-    )
+    norm = jax.jit(functools.partial(batch_channel_norm, **options))
+    running = RunningStats.fresh(12)._replace(mean=jnp.full(12, running_mean))
+    # The distance to a running mean, in the first map and in the new mean, has float32's digits.
+    coarse = running_mean * 2.0**-22
     for name, draw in DATA.items():
         x = jnp.asarray(draw(shape), jnp.bfloat16)
         y, new = norm(x, running)
         expected = oracles.batch_channel_norm(
             np.asarray(x, np.float64), running.mean, running.var, **options
         )
-        allowed = 2 * 2.0**-9 * np.abs(expected.y) + 1e-5 * max(1, np.abs(expected.y).max())
+        largest = max(1, np.abs(expected.y).max())
+        allowed = 2 * 2.0**-9 * np.abs(expected.y) + (1e-5 + coarse) * largest
         assert (np.abs(np.asarray(y, np.float64) - expected.y) <= allowed).all(), name
-        np.testing.assert_allclose(new.mean, expected.mean, rtol=1e-5, atol=1e-6, err_msg=name)
+        atol = 1e-6 + coarse
+        np.testing.assert_allclose(new.mean, expected.mean, rtol=1e-5, atol=atol, err_msg=name)
         np.testing.assert_allclose(new.var, expected.var, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("mean", "second_pass"), [(5.0, False), (1e4, True)])
-def test_a_second_pass_is_made_only_where_the_mean_is_far(mean, second_pass, monkeypatch):
-    """By a branch: no pass is added to a step whose running means are near."""
-    taken, cond = [], jax.lax.cond
-
-    def spy(is_far, *branches):
-        taken.append(bool(is_far))
-        return cond(is_far, *branches)
-
-    x = jnp.asarray(5 + rng.normal(size=(8, 6, 6, 4)), jnp.bfloat16)
-    running = RunningStats.fresh(4)._replace(mean=jnp.full(4, mean, jnp.float32))
-    monkeypatch.setattr(jax.lax, "cond", spy)
-    batch_channel_norm(x, running, num_groups=2)
-    assert taken == [second_pass]
+def test_x_is_in_no_branch():
+    """XLA for TPU keeps what a conditional takes out of the chip's own memory."""
+    norm = functools.partial(batch_channel_norm, running=RunningStats.fresh(4), num_groups=2)
+    x = jnp.ones((8, 6, 6, 4), jnp.bfloat16)
+    lowered = jax.jit(lambda x: norm(x)[0]).trace(x).lower(lowering_platforms=("tpu",))
+    text = lowered.as_text()
+    assert "stablehlo.reduce" in text
+    assert not any(branch in text for branch in ("stablehlo.if", "stablehlo.case"))

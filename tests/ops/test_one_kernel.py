@@ -37,10 +37,10 @@ def kernels_run(monkeypatch):
     return ran
 
 
-def bcn_and_gradients(affine, statistics="estimate", masked=False, **options):
-    """One step with the gradients of all arrays, and the new statistics."""
+def bcn_and_gradients(affine, x, statistics="estimate", masked=False, **options):
+    """The gradient of x; and the output, all other gradients, and the new statistics."""
     size = {"group": 4, "channel": 12}[affine]
-    x, dy = 1 + normal(1, 3, 5, 7, 12), normal(2, 3, 5, 7, 12)
+    dy = normal(2, *x.shape)
     parameters = (normal(3, 12), normal(4, 12), normal(5, size), normal(6, size))
     running = RunningStats(normal(7, 12), jnp.exp(normal(8, 12)), jnp.zeros(()))
     mask = jnp.arange(7).reshape(1, 1, 7, 1) < jnp.array([7, 3, 0]).reshape(3, 1, 1, 1)
@@ -54,11 +54,13 @@ def bcn_and_gradients(affine, statistics="estimate", masked=False, **options):
             num_groups=4,
             statistics=statistics,
             mask=mask if masked else None,
+            dtype=jnp.float32,
             **options,
         )
 
     y, pull_back, new = jax.vjp(function, x, *parameters, has_aux=True)
-    return y, pull_back(dy), () if "use_running_average" in options else new
+    dx, *others = pull_back(dy)
+    return dx, (y, others, () if "use_running_average" in options else new)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +73,15 @@ def bcn_and_gradients(affine, statistics="estimate", masked=False, **options):
         ("group", {"statistics": "batch"}),
     ],
 )
-def test_batch_channel_norm_by_kernels(affine, options, request):
-    expected = bcn_and_gradients(affine, **options)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_channel_norm_by_kernels(affine, options, dtype, request):
+    x = (1 + normal(1, 3, 5, 7, 12)).astype(dtype)
+    dx, others = bcn_and_gradients(affine, x, **options)
     ran = request.getfixturevalue("kernels_run")
-    actual = bcn_and_gradients(affine, **options)
+    actual, actual_others = bcn_and_gradients(affine, x, **options)
     assert len(ran) >= 2
-    assert tree_relative_error(actual, expected) < 2e-6
+    assert tree_relative_error(actual_others, others) < 2e-6
+    assert tree_relative_error(actual, dx) < {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}[dtype]
 
 
 def test_channel_norm_by_kernels(request):

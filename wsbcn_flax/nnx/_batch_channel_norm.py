@@ -180,7 +180,9 @@ class BatchChannelNorm(nnx.Module):
         if self.calls is not None:
             self.calls.set_value(self.calls.get_value().add(new, mask))
             return
-        self.mean[...], self.var[...], self.count[...] = _instead_of(before, new)
+        # JAX cannot transpose a custom rule of vmap; statistics have no gradient anyway.
+        statistics = _instead_of(*jax.lax.stop_gradient((before, new)))
+        self.mean[...], self.var[...], self.count[...] = statistics
 
 
 @jax.custom_batching.custom_vmap

@@ -1,7 +1,6 @@
 """Channel normalization after a map of every channel: the form all normalizations here take."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,14 +19,14 @@ from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automa
 from wsbcn_flax.ops._moments import (
     ChannelMoments,
     RawMoments,
+    at_least_one,
     at_positions,
     distance_from,
-    is_far,
+    positions,
     raw_moments,
-    second_pass,
+    shift_for,
     tangent_sums,
     tangents_of_moments,
-    typical_values,
     without_padding,
 )
 from wsbcn_flax.ops._one_kernel import (
@@ -103,11 +102,9 @@ def channel_norm(
 def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon, dtype):
     mask = full_mask(mask, x)
     x = tiled_for_few_samples(x)
-    # One shift for each group: all that is subtracted below is then near zero.
-    shift = groups_of(num_groups, x.shape[-1]).average(typical_values(x, mask))
     y, _ = normalize_groups(
         x,
-        raw_moments(x, shift, mask),
+        raw_moments(x, shift_for(x, mask), mask),
         _identity_of_channels,
         (),
         (row(scale), row(bias)),
@@ -148,8 +145,7 @@ class Groups(NamedTuple):
 class ChannelMap(NamedTuple):
     """A map y = slope (x - shift + center) + constant of channels, and what follows its groups.
 
-    All are [1 or B, C]: ``scale`` and ``bias`` are the channel part's, and ``floor`` the variance
-    of x below which a channel's need not be exact.
+    All are [1 or B, C]; ``scale`` and ``bias`` are the channel part's.
     """
 
     center: jax.Array
@@ -157,7 +153,6 @@ class ChannelMap(NamedTuple):
     constant: jax.Array
     scale: jax.Array
     bias: jax.Array
-    floor: jax.Array
 
 
 # (moments, constants, parameters, groups) -> (map, auxiliary results). What it computes, and its
@@ -168,7 +163,9 @@ MapOfChannels = Callable[[ChannelMoments, Any, Any, Groups], tuple[ChannelMap, A
 
 def _identity_of_channels(moments, constants, parameters, groups):
     one = jnp.ones((1, moments.mean.shape[-1]), moments.mean.dtype)
-    return ChannelMap(0 * one, one, 0 * one, *scale_and_bias(parameters, one, groups), one), ()
+    # The same for all channels of a group, so that nothing of y changes but its size here.
+    center = moments.shift - groups.average(moments.shift)
+    return ChannelMap(center, one, 0 * one, *scale_and_bias(parameters, one, groups)), ()
 
 
 def scale_and_bias(parameters, like: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
@@ -195,7 +192,6 @@ def normalize_groups(
     epsilon: float,
     mask: jax.Array | None,
     dtype: jax.typing.DTypeLike,
-    may_be_far: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Channel normalization of y = slope (x - shift + center) + constant, by the moments of x.
 
@@ -219,8 +215,6 @@ def normalize_groups(
         epsilon: added to the group's variance.
         mask: as ``moments`` was given; masked positions count as zero.
         dtype: Output dtype.
-        may_be_far: Whether the moments' shift may be so far from some mean that a second pass over
-            x must take them anew.
 
     Returns:
         The output and the auxiliary results, which have no gradient.
@@ -229,16 +223,16 @@ def normalize_groups(
     if devices_that_share_arrays() > 1:
         groups = groups_of(num_groups, x.shape[-1])
         channel_map, of_all_devices = map_of_channels(
-            moments.moments(), constants, parameters, groups
+            moments.moments(positions(x)), constants, parameters, groups
         )
         # As one array, so that their gradients are summed over samples, and devices, as one: XLA
         # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
-        center, *affine, floor = channel_map
-        affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.mean.shape))
+        center, *affine = channel_map
+        affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.total.shape))
         slope, constant, scale, bias = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
         map_of_channels, constants = as_given, ()
-        parameters = ChannelMap(center, slope, constant, scale, bias, floor)
-    static = map_of_channels, num_groups, epsilon, may_be_far, jnp.dtype(dtype)
+        parameters = ChannelMap(center, slope, constant, scale, bias)
+    static = map_of_channels, num_groups, epsilon, jnp.dtype(dtype)
     y, aux = _normalize(*static, x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
 
@@ -251,29 +245,29 @@ def as_given(moments, constants, parameters, groups):
 # A rule of its own, linear in the tangents of x and of the parameters: autodiff of the formula
 # leaves arithmetic on [B, C] arrays inside the loop over x. It ignores the tangents of the moments,
 # which it takes from that of x, so that one pass over x serves all.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _normalize(
-    map_of_channels, num_groups, epsilon, may_be_far, dtype, x, mask, moments, constants, parameters
+    map_of_channels, num_groups, epsilon, dtype, x, mask, moments, constants, parameters
 ):
-    static = map_of_channels, num_groups, epsilon, may_be_far
-    slope, offset, moments, aux = _coefficients(*static, x, mask, moments, constants, parameters)
-    return _apply(x, mask, moments, slope, offset, dtype), aux
+    static = map_of_channels, num_groups, epsilon, positions(x)
+    shift, slope, offset, aux = _coefficients(*static, moments, constants, parameters)
+    return _apply(x, mask, shift, slope, offset, dtype), aux
 
 
 @_normalize.defjvp
-def _normalize_jvp(map_of_channels, num_groups, epsilon, may_be_far, dtype, primals, tangents):
-    static = map_of_channels, num_groups, epsilon
-    x, mask, _, *arguments = primals
-    slope, offset, moments, aux = _coefficients(*static, may_be_far, *primals)
-    y = _apply(x, mask, moments, slope, offset, dtype)
+def _normalize_jvp(map_of_channels, num_groups, epsilon, dtype, primals, tangents):
+    x, mask, *arguments = primals
+    static = map_of_channels, num_groups, epsilon, positions(x)
+    shift, slope, offset, aux = _coefficients(*static, *arguments)
+    y = _apply(x, mask, shift, slope, offset, dtype)
     # A checkpoint, since autodiff would keep x - shift in float32 beside x.
     push_forward = jax.checkpoint(functools.partial(_push_forward, *static), prevent_cse=False)
-    pushed = push_forward(x, mask, moments, *arguments, slope, tangents[0], tangents[4])
+    pushed = push_forward(*primals, shift, slope, tangents[0], tangents[4])
     return (y, aux), (pushed.astype(dtype), jax.tree.map(jnp.zeros_like, aux))
 
 
-def _apply(x, mask, moments, slope, offset, dtype):
-    distance = distance_from(moments.shift, x, mask)
+def _apply(x, mask, shift, slope, offset, dtype):
+    distance = distance_from(shift, x, mask)
     return (distance * at_positions(slope, x) + at_positions(offset, x)).astype(dtype)
 
 
@@ -281,11 +275,13 @@ def _push_forward(
     map_of_channels,
     num_groups,
     epsilon,
+    count,
     x,
     mask,
     moments,
     constants,
     parameters,
+    shift,
     slope,
     x_tangent,
     parameter_tangents,
@@ -295,9 +291,9 @@ def _push_forward(
     Its transpose, which reverse mode takes, is one pass that sums the cotangent g and g (x - shift)
     over positions, arithmetic on [B, C] arrays, and one elementwise pass.
     """
-    distance = distance_from(moments.shift, x, mask)
+    distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
-    static = map_of_channels, num_groups, epsilon, math.prod(x.shape[1:-1])
+    static = map_of_channels, num_groups, epsilon, count
     push, residuals = (
         functools.partial(_coefficient_tangents, *static),
         (moments, constants, parameters),
@@ -311,40 +307,26 @@ def _push_forward(
     return tangent * at_positions(slope, x) + changed
 
 
-def _coefficients(
-    map_of_channels, num_groups, epsilon, may_be_far, x, mask, moments, constants, parameters
-):
-    """Slope and offset of y as a function of x - shift, [B, C], the moments, and aux."""
-    evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, may_be_far)
-    plain, arguments = functools.partial(evaluate, groups_of), (moments, constants, parameters)
+def _coefficients(map_of_channels, num_groups, epsilon, count, *arguments):
+    """The shift, slope and offset of y as a function of x - shift, and auxiliary results."""
+    evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, count)
+    plain = functools.partial(evaluate, groups_of)
     run: Callable[..., Any] = plain
     if fit_at_once(arguments):
         kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
         run = functools.partial(in_one_kernel, plain, kernel)
-    evaluated: Any = run(*arguments)
-    slope, offset, shift, far, aux = evaluated
-    if not may_be_far:
-        return slope, offset, moments, aux
-
-    def from_the_means():
-        again = second_pass(x, moments, mask)
-        slope, offset, _, _, aux = plain(again, constants, parameters)
-        return slope, offset, again, aux
-
-    near = slope, offset, moments._replace(shift=shift), aux
-    return lax.cond(far[0, 0] > 0, from_the_means, lambda: near)
+    found, *coefficients, aux = run(*arguments)
+    given = arguments[0].shift
+    return found if given is None else given, *coefficients, aux
 
 
-def _evaluate(map_of_channels, num_groups, epsilon, may_be_far, groups, raw, constants, parameters):
-    """Slope, offset, and, if it may be far, the shift, [B, C] each, and whether it is; aux."""
-    moments = raw.moments()
+def _evaluate(map_of_channels, num_groups, epsilon, count, groups, raw, constants, parameters):
+    moments = raw.moments(count)
     groups = groups(num_groups, moments.mean.shape[-1])
     channel_map, aux = map_of_channels(moments, constants, parameters, groups)
     slope, offset, _ = _map(groups, epsilon, moments.mean, moments.var, channel_map)
-    if not may_be_far:
-        return slope, offset, (), (), aux
-    shift = jnp.broadcast_to(moments.shift, moments.mean.shape)
-    return slope, offset, shift, is_far(moments, channel_map.floor), aux
+    # A shift that was given is not one more result of a kernel.
+    return moments.shift if raw.shift is None else (), slope, offset, aux
 
 
 def _map(groups, epsilon, mean, var, channel_map):
@@ -376,7 +358,7 @@ def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals
     """The tangents of slope and offset, from two sums over x and those of the parameters."""
     raw, constants, parameters = residuals
     total, along, parameter_tangents = linear
-    moments, groups = raw.moments(), groups_of(num_groups, raw.mean.shape[-1])
+    moments, groups = raw.moments(count), groups_of(num_groups, raw.total.shape[-1])
 
     def evaluate(mean, var, parameters):
         at = moments._replace(mean=mean, var=var)
@@ -408,7 +390,7 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
     """
     raw, constants, parameters = residuals
     of_slope, of_offset = cotangents
-    moments = raw.moments()
+    moments = raw.moments(count)
     mean, var = moments.mean, moments.var
     groups = groups_in_kernel(num_groups, mean.shape[-1])
     channel_map, pull = jax.vjp(
@@ -430,7 +412,6 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
         of_constant,
         of_scale,
         of_offset,
-        jnp.zeros_like(of_scale),
     )
     (of_parameters,) = pull(
         jax.tree.map(
@@ -443,7 +424,7 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
     )
     of_mean, of_var = slope * of_mean_by_slope, jnp.square(slope) * of_square
     if moments.weight is not None:
-        count = jnp.where(moments.weight > 0, moments.weight, 1)
+        count = at_least_one(moments.weight)
     return (of_mean - 2 * mean * of_var) / count, 2 * of_var / count, of_parameters
 
 

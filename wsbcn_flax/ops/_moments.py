@@ -1,5 +1,13 @@
-"""Per-(sample, channel) moments in one pass, shifted so that the variance does not cancel."""
+"""Per-(sample, channel) moments in one pass, of which the variance does not cancel.
 
+In float32 the pass sums x - c and (x - c)^2 for a value c of the data. A value of the data keeps
+the pass out of the convolution that makes x. In bfloat16 there is none: the pass sums x, the
+leading 8 bits of x^2, and the rest. x has 8 significant bits and x^2 has 16; float32, with its 24,
+adds up 2^16 numbers of 8 bits without error, if they are about as large. So they are where the mean
+is far from zero beside the deviation, and all that cancellation could cost is kept.
+"""
+
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,16 +23,12 @@ from wsbcn_flax.ops._checks import (
     statistics_dtype,
 )
 
-# Squared distance of a shift from a mean, over the variance, beyond which float32 loses too much of
-# the variance for outputs in bfloat16: 2^-24 of that distance is 2^-12 of the variance.
-_FAR = 2.0**12
-
 
 class ChannelMoments(NamedTuple):
     """Moments of an activation [B, ..., C] over its positions, per sample and channel.
 
     Attributes:
-        shift: [B, C] or [1, C], a value of each channel, constant under differentiation.
+        shift: [B, C] or [1, C], near each channel's mean, constant under differentiation.
         mean: [B, C], the mean of x - shift.
         var: [B, C], the biased variance of x, not negative.
         weight: [B, 1], the number of unmasked positions; None without a mask.
@@ -47,8 +51,8 @@ def channel_moments(
 
     in float32 or wider. The variance's relative error grows as (c - E[x])^2 over the variance. A
     typical value of the data keeps that small however far the mean is from zero, and whatever
-    single outlier there is. A shift that is known beforehand lets XLA take the moments while it
-    computes x.
+    single outlier there is. In bfloat16 the moments are sums of x and x^2 without rounding errors,
+    and c is the mean.
 
     Args:
         x: [B, ..., C], floating-point.
@@ -70,79 +74,135 @@ def channel_moments(
     check_mask(mask, x, caller="channel_moments")
     mask = full_mask(mask, x)
     if shift is None:
-        shift = typical_values(x, mask)
+        shift = shift_for(x, mask)
     elif shift.ndim != 2:
         check_channels(x.shape[-1], caller="channel_moments", shift=shift)
         shift = shift[None]
-    return raw_moments(x, shift, mask).moments()
+    return raw_moments(x, shift, mask).moments(positions(x))
 
 
 class RawMoments(NamedTuple):
-    """Means of one pass over an activation: x - shift and its square, [B, C] each.
+    """Sums of one pass over an activation, of x - shift and its square, [B, C] each.
 
-    ``shift`` [1 or B, C] and ``weight`` [B, 1] are those of ``ChannelMoments``.
+    Attributes:
+        shift: [1 or B, C]; None for zero, in bfloat16.
+        total: Sum of x - shift.
+        square: Sum of its square or, without a shift, of the leading bits of each square.
+        rest: Sum of the bits that ``square`` leaves out; None with a shift.
+        weight: [B, 1], the number of unmasked positions; None without a mask.
     """
 
-    shift: jax.Array
-    mean: jax.Array
+    shift: jax.Array | None
+    total: jax.Array
     square: jax.Array
-    weight: jax.Array | None = None
+    rest: jax.Array | None
+    weight: jax.Array | None
 
-    def moments(self) -> ChannelMoments:
-        """Mean and variance."""
-        var = jnp.maximum(self.square - lax.square(self.mean), 0)
-        return ChannelMoments(self.shift, self.mean, var, self.weight)
+    def moments(self, count: int) -> ChannelMoments:
+        """Mean and variance over ``count`` positions, or those that the mask leaves."""
+        total, square, weight = self.total, self.square, self.weight
+        number = jnp.asarray(count, total.dtype) if weight is None else at_least_one(weight)
+        if self.rest is not None:
+            return ChannelMoments(*_exact_moments(number, total, square, self.rest), weight)
+        mean = total / number
+        var = jnp.maximum(square / number - lax.square(mean), 0)
+        assert self.shift is not None
+        return ChannelMoments(self.shift, mean, var, weight)
 
 
-def is_far(moments: ChannelMoments, floor: jax.Array) -> jax.Array:
-    """Whether float32 loses some channel's variance to cancellation, 0 or 1, [1, 1].
+def at_least_one(weight: jax.Array) -> jax.Array:
+    """The weight, or 1 in place of 0, by which sums are divided."""
+    return jnp.where(weight > 0, weight, 1)
 
-    So it does where the shift is far from the mean. Variances below ``floor`` [1, C] need not be
-    exact.
+
+def positions(x: jax.Array) -> int:
+    """The number of positions of x."""
+    return math.prod(x.shape[1:-1])
+
+
+@jax.custom_jvp
+def _exact_moments(count, total, square, rest):
+    """The mean m in float32, the rest of it, and the variance; S is the total.
+
+    Sum (x - m)^2 = Sum x^2 - m S - m (S - m count)
     """
-    far = lax.square(moments.mean) > _FAR * (moments.var + floor)
-    return jnp.max(jnp.where(far, 1.0, 0.0), keepdims=True)
+    mean = total / count
+    remainder = _minus_product(total, 0, mean, count)
+    deviations = _minus_product(square, rest, mean, total) - mean * remainder
+    return mean, remainder / count, jnp.maximum(deviations / count, 0)
 
 
-def second_pass(x: jax.Array, raw: RawMoments, mask: jax.Array | None) -> RawMoments:
-    """The moments about the means that a first pass found."""
-    return raw_moments(x, raw.shift + raw.mean, mask)
+@_exact_moments.defjvp
+def _exact_moments_jvp(primals, tangents):
+    shift, mean, var = _exact_moments(*primals)
+    count, (_, total, square, _) = primals[0], tangents
+    pushed = jnp.zeros_like(shift), total / count, (square - 2 * (shift + mean) * total) / count
+    return (shift, mean, var), pushed
 
 
-def raw_moments(x: jax.Array, shift: jax.Array, mask: jax.Array | None) -> RawMoments:
-    """The moments of x [B, ..., C] about a shift [1 or B, C]; the mask is full."""
-    shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
+def _minus_product(value, rest, a, b):
+    """Value + rest - a b, of which the difference is small, without the error of the product."""
+    a_high, b_high = (leading_bits(factor, 12) for factor in (a, b))
+    a_low, b_low = a - a_high, b - b_high
+    # Products of 12 bits by 12 have no error, whether or not they are fused with a subtraction.
+    difference = value - a_high * b_high + rest - a_high * b_low
+    return difference - a_low * b_high - a_low * b_low
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def leading_bits(value: jax.Array, count: int) -> jax.Array:
+    """A value in float32, rounded to ``count`` significant bits; its derivative is one."""
+    dropped = 24 - count
+    bits = lax.bitcast_convert_type(value, jnp.int32) + (1 << (dropped - 1))
+    return lax.bitcast_convert_type(bits & (-1 << dropped), value.dtype)
+
+
+@leading_bits.defjvp
+def _leading_bits_jvp(count, primals, tangents):
+    return leading_bits(*primals, count), tangents[0]
+
+
+def shift_for(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """A value of each channel for moments to be taken about; none in bfloat16."""
+    return None if x.dtype == jnp.bfloat16 else typical_values(x, mask)
+
+
+def raw_moments(x: jax.Array, shift: jax.Array | None, mask: jax.Array | None) -> RawMoments:
+    """The moments of x [B, ..., C] about a shift [1 or B, C] or None; the mask is full."""
+    if shift is not None:
+        shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
     weight = None if mask is None else jnp.sum(mask, tuple(range(1, x.ndim - 1)))
-    return RawMoments(shift, *_means(x, shift, mask, weight), weight)
+    return RawMoments(shift, *_sums(x, shift, mask), weight)
 
 
 # A rule of its own: autodiff would keep x - shift in float32 beside x.
 @jax.custom_jvp
-def _means(x, shift, mask, weight):
+def _sums(x, shift, mask) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     axes = tuple(range(1, x.ndim - 1))
     distance = distance_from(shift, x, mask)
-    if mask is None:
-        return jnp.mean(distance, axes), jnp.mean(lax.square(distance), axes)
-    count = jnp.where(weight > 0, weight, 1)
-    mean = jnp.sum(mask * distance, axes) / count
-    return mean, jnp.sum(mask * lax.square(distance), axes) / count
+    square = lax.square(distance)
+    if shift is None:
+        leading = leading_bits(square, 8)
+        return jnp.sum(distance, axes), jnp.sum(leading, axes), jnp.sum(square - leading, axes)
+    if mask is not None:
+        distance, square = mask * distance, mask * square
+    return jnp.sum(distance, axes), jnp.sum(square, axes), None
 
 
-@_means.defjvp
-def _means_jvp(primals, tangents):
-    push_forward = jax.checkpoint(_mean_tangents, prevent_cse=False)
-    return _means(*primals), push_forward(*primals, tangents[0])
+@_sums.defjvp
+def _sums_jvp(primals, tangents):
+    push_forward = jax.checkpoint(_sum_tangents, prevent_cse=False)
+    sums = _sums(*primals)
+    total, square = push_forward(*primals, tangents[0])
+    return sums, (total, square, None if sums[2] is None else jnp.zeros_like(total))
 
 
-def _mean_tangents(x, shift, mask, weight, x_tangent):
-    """The tangents E[t] and 2 E[(x - shift) t]."""
+def _sum_tangents(x, shift, mask, x_tangent):
+    """The tangents sum t and 2 sum (x - shift) t."""
     distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
     total, along = tangent_sums(tangent, distance, mask)
-    count = math.prod(x.shape[1:-1])
-    if weight is not None:
-        count = jnp.where(weight > 0, weight, 1)
-    return total / count, 2 * along / count
+    return total, 2 * along
 
 
 def tangent_sums(tangent, distance, mask) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +220,7 @@ def tangents_of_moments(
     The sums are divided by ``scale`` first, and multiplied last, for what their transpose ends in.
     """
     if moments.weight is not None:
-        count = jnp.where(moments.weight > 0, moments.weight, 1)
+        count = at_least_one(moments.weight)
     total, along = total / scale, along / scale
     return total * (scale / count), 2 * (along - moments.mean * total) * (scale / count)
 
@@ -190,10 +250,11 @@ def _three_values(x, mask) -> tuple[jax.Array, ...]:
     return tuple(jnp.take_along_axis(pixels, index, 1)[:, 0] for index in indices)
 
 
-def distance_from(shift: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """X - shift in the shift's dtype, with zero for x where it is masked."""
+def distance_from(shift: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """X - shift in the statistics' dtype, with zero for x where it is masked."""
     # Select before anything else: padding may hold NaN.
-    return without_padding(x, mask).astype(shift.dtype) - at_positions(shift, x)
+    x = without_padding(x, mask).astype(statistics_dtype(x.dtype))
+    return x if shift is None else x - at_positions(shift, x)
 
 
 def without_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
