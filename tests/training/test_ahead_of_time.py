@@ -75,16 +75,26 @@ def test_modules_that_differ_by_numbers_are_one_group():
 
 def test_a_gpus_kernels_are_counted_with_what_they_move():
     program = """
-ENTRY %main (a: bf16[8]) -> bf16[8] {
+%sliced (whole: bf16[8], part: f32[99]) -> (f32[2], f32[2]) {
+  %whole = bf16[8]{0} parameter(0)
+  %part = f32[99]{0} parameter(1)
+  %some = bf16[2]{0} slice(%whole), slice={[0:2]}
+  %all = f32[8]{0} convert(%whole)
+  %two = f32[2]{0} slice(%part), slice={[7:9]}
+  ROOT %sums = (f32[2]{0}, f32[2]{0}) tuple(%two, %two)
+}
+
+ENTRY %main (a: bf16[8], b: f32[99]) -> bf16[8] {
   %a = bf16[8]{0} parameter(0)
-  %sums = (f32[2]{0}, f32[2]{0}) fusion(%a), kind=kInput, calls=%fused
+  %b = f32[99]{0} parameter(1)
+  %sums = (f32[2]{0}, f32[2]{0}) fusion(%a, %b), kind=kInput, calls=%sliced
   %sum = f32[2]{0} get-tuple-element(%sums), index=0
   %conv = (bf16[8]{0}, u8[0]{0}) custom-call(%a, %sum), custom_call_target="__cudnn$convForward"
   %start = f32[2]{0} all-reduce-start(%sum), channel_id=1
   ROOT %done = f32[2]{0} all-reduce-done(%start)
 }
 """
-    assert gpu_kernels(program) == (16 + 16 + (16 + 16 + 8) + (8 + 8), 1, 1)
+    assert gpu_kernels(program) == (16 + (16 + 8) + (16 + 16 + 8) + (8 + 8), 1, 1)
 
 
 def test_a_gpu_that_is_not_known_is_an_error():

@@ -13,6 +13,7 @@ _LOOP_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 # Name, type, kind, operands.
 _OPERATION = re.compile(r"^ +(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(([^)]*)\)")
 _NAME = re.compile(r"%?([\w.\-]+)(?:,|$)")
+_CALLED = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _PATH = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
@@ -137,13 +138,17 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 
 def gpu_kernels(hlo: str) -> Kernels:
-    """Counts the kernels in the entry computation of a program for GPU, and their bytes."""
-    sizes: dict[str, int] = {}
+    """Counts the kernels in the entry computation of a program for GPU, and their bytes.
+
+    A kernel that reads a slice of an operand reads no more of it than that.
+    """
+    fused = {name: text for entry, name, text in _COMPUTATION.findall(hlo) if not entry}
     kinds: list[str] = []
     moved = 0
     for entry, _, text in _COMPUTATION.findall(hlo):
         if not entry:
             continue
+        sizes: dict[str, int] = {}
         for line in text.splitlines():
             if (match := _OPERATION.match(line)) is None:
                 continue
@@ -152,8 +157,32 @@ def gpu_kernels(hlo: str) -> Kernels:
             if kind in _FREE or kind.endswith("-done"):
                 continue
             kinds.append(kind)
-            moved += sizes[result] + sum(sizes.get(name, 0) for name in _NAME.findall(operands))
+            read = [sizes.get(name, 0) for name in _NAME.findall(operands)]
+            if called := _CALLED.search(line):
+                sliced = _sliced_bytes(fused.get(called.group(1), ""))
+                read = [sliced.get(number, size) for number, size in enumerate(read)]
+            moved += sizes[result] + sum(read)
     return Kernels(moved, kinds.count("fusion"), kinds.count("custom-call"))
+
+
+def _sliced_bytes(fusion: str) -> dict[int, int]:
+    """Bytes that a fusion reads of each parameter of which it reads nothing but slices."""
+    numbers: dict[str, int] = {}
+    read: dict[int, int] = collections.defaultdict(int)
+    whole: set[int] = set()
+    for line in fusion.splitlines():
+        if (match := _OPERATION.match(line)) is None:
+            continue
+        result, shape, kind, operands = match.groups()
+        if kind == "parameter":
+            numbers[result] = int(operands)
+            continue
+        for name in _NAME.findall(operands):
+            if name in numbers and kind in ("slice", "dynamic-slice"):
+                read[numbers[name]] += _byte_count(shape)
+            elif name in numbers:
+                whole.add(numbers[name])
+    return {number: size for number, size in read.items() if number not in whole}
 
 
 def _byte_count(shape: str) -> int:
