@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import core, lax
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -22,8 +22,6 @@ from jax.interpreters import ad, batching, mlir
 Wanted = Sequence[bool]
 LANES = 128  # Columns that a TPU computes at a time.
 _LARGEST = 2**20  # Bytes of all arrays of a kernel that holds them at once.
-# What JAX calls the device axes over which an array varies: the latter name is that before 0.10.1.
-_AXES = "manual_axis_type" if hasattr(core.ShapedArray, "manual_axis_type") else "vma"
 
 
 def in_one_kernel(function: Callable[..., Any], kernel: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,8 +130,8 @@ def _run(function, arguments, *, tile: int | None):
     def columns(array):
         return pl.BlockSpec((array.shape[0], tile), lambda i: (0, i))
 
-    axes = {_AXES: getattr(jax.typeof(flat[0]), _AXES)}
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, **axes) for a in avals]
+    axes = jax.typeof(flat[0]).manual_axis_type
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=axes) for a in avals]
     grid: dict[str, Any] = {}
     if tile is not None:
         grid["grid"] = (flat[0].shape[1] // tile,)
@@ -171,8 +169,7 @@ def _flatten(arguments: Any) -> tuple[list[jax.Array], Any]:
 
 def _axes(array: jax.Array) -> frozenset[Any]:
     """The device axes of a ``shard_map`` over which an array varies."""
-    axes = getattr(jax.typeof(array), _AXES)
-    return axes if isinstance(axes, frozenset) else axes.varying
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def _outputs(function, arguments) -> tuple[Any, Any]:
