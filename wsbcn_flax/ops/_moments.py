@@ -1,13 +1,12 @@
 """Per-(sample, channel) moments in one pass, of which the variance does not cancel.
 
-In float32 the pass sums x - c and (x - c)^2 for a value c of the data. A value of the data keeps
-the pass out of the convolution that makes x. In bfloat16 there is none: the pass sums x, the
-leading 8 bits of x^2, and the rest. x has 8 significant bits and x^2 has 16; float32, with its 24,
-adds up 2^16 numbers of 8 bits without error, if they are about as large. So they are where the mean
-is far from zero beside the deviation, and all that cancellation could cost is kept.
+In float32 the pass sums x - c and (x - c)^2 for a value c of the data. So it must wait for x, and
+is no part of the convolution that computes x. In bfloat16 it sums x, the leading 8 bits of x^2, and
+the rest of x^2. x has 8 significant bits and x^2 has 16. float32, which has 24, adds up 2^16
+numbers of 8 bits without rounding if they are about equally large, as they are where the mean is
+far from zero beside the deviation. There cancellation would cost most, and there it costs nothing.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -142,24 +141,18 @@ def _exact_moments_jvp(primals, tangents):
 
 def _minus_product(value, rest, a, b):
     """Value + rest - a b, of which the difference is small, without the error of the product."""
-    a_high, b_high = (leading_bits(factor, 12) for factor in (a, b))
+    a_high, b_high = (_leading_bits(factor, 12) for factor in (a, b))
     a_low, b_low = a - a_high, b - b_high
     # Products of 12 bits by 12 have no error, whether or not they are fused with a subtraction.
     difference = value - a_high * b_high + rest - a_high * b_low
     return difference - a_low * b_high - a_low * b_low
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def leading_bits(value: jax.Array, count: int) -> jax.Array:
-    """A value in float32, rounded to ``count`` significant bits; its derivative is one."""
+def _leading_bits(value, count):
+    """A value in float32, rounded to ``count`` significant bits."""
     dropped = 24 - count
     bits = lax.bitcast_convert_type(value, jnp.int32) + (1 << (dropped - 1))
     return lax.bitcast_convert_type(bits & (-1 << dropped), value.dtype)
-
-
-@leading_bits.defjvp
-def _leading_bits_jvp(count, primals, tangents):
-    return leading_bits(*primals, count), tangents[0]
 
 
 def shift_for(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
@@ -182,7 +175,7 @@ def _sums(x, shift, mask) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     distance = distance_from(shift, x, mask)
     square = lax.square(distance)
     if shift is None:
-        leading = leading_bits(square, 8)
+        leading = _leading_bits(square, 8)
         return jnp.sum(distance, axes), jnp.sum(leading, axes), jnp.sum(square - leading, axes)
     if mask is not None:
         distance, square = mask * distance, mask * square
