@@ -210,6 +210,27 @@ def test_float32_gradient_error(statistics, order):
             ), ratio
 
 
+@each_kind
+def test_bfloat16_gradient_error(statistics, order):
+    """Of the output and all gradients but x's, which is rounded; sums there are about zero."""
+    options = {"num_groups": 4, "statistics": statistics, "order": order, "dtype": jnp.float32}
+    for ratio in (0.0, 1e1, 1e2, 1e3):
+        x = (ratio + normal(1, 2, 14, 14, 16)).astype(jnp.bfloat16)
+        running = RunningStats.fresh(16)._replace(mean=jnp.full(16, ratio, jnp.float32))
+        arguments = ((x, *parameters(16, 4)), normal(2, 2, 14, 14, 16), running)
+        actual = value_gradients_and_stats(with_parameters(**options), *arguments)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda a: a.astype(jnp.float64), arguments)
+            of_wide = with_parameters(**{**options, "dtype": jnp.float64})
+            y, (dx, *others), new = value_gradients_and_stats(of_wide, *wide)
+            assert relative_error(actual[1][0], dx) < 2**-7
+            errors = tree_relative_error((actual[0], actual[2]), (y, new))
+            assert errors < 1e-5, ratio
+            assert tree_relative_error(actual[1][1:], tuple(others)) < max(1e-5, 3e-7 * ratio), (
+                ratio
+            )
+
+
 def test_float8_is_computed_in_float32():
     x = normal(1, 2, 8, 8, 12).astype(jnp.float8_e4m3fn)
     norm, running = compiled(num_groups=4), RunningStats.fresh(12)

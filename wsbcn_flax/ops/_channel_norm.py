@@ -303,6 +303,9 @@ def _push_forward(
         push = functools.partial(linear_with_kernel, push, pull)
     sums = tangent_sums(tangent, distance, mask)
     slope_tangent, offset_tangent = push(residuals, (*sums, parameter_tangents))
+    # The transpose sums what follows: in bfloat16 g x, where XLA for GPU would write g (x - shift)
+    # out in float32.
+    distance = distance_from(moments.shift, x, mask)
     changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
     return tangent * at_positions(slope, x) + changed
 
@@ -355,7 +358,10 @@ def _deviations(groups, epsilon, mean, var, channel_map):
 
 
 def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals, linear):
-    """The tangents of slope and offset, from two sums over x and those of the parameters."""
+    """The tangents of slope and offset, from two sums over x and those of the parameters.
+
+    They are those of y as a function of x less the shift that was given, zero in bfloat16.
+    """
     raw, constants, parameters = residuals
     total, along, parameter_tangents = linear
     moments, groups = raw.moments(count), groups_of(num_groups, raw.total.shape[-1])
@@ -367,7 +373,10 @@ def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals
 
     primals = moments.mean, moments.var, parameters
     tangents = tangents_of_moments(total, along, moments, count, scale=evaluate(*primals)[2])
-    return jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1][:2]
+    slope, offset, _ = jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1]
+    if raw.shift is None:
+        offset = offset - moments.shift * slope
+    return slope, offset
 
 
 def _pulled_by_kernel(static, wanted, residuals, cotangents):
@@ -391,6 +400,8 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
     raw, constants, parameters = residuals
     of_slope, of_offset = cotangents
     moments = raw.moments(count)
+    if raw.shift is None:
+        of_slope = of_slope - moments.shift * of_offset
     mean, var = moments.mean, moments.var
     groups = groups_in_kernel(num_groups, mean.shape[-1])
     channel_map, pull = jax.vjp(
