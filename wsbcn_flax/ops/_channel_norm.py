@@ -163,7 +163,7 @@ MapOfChannels = Callable[[ChannelMoments, Any, Any, Groups], tuple[ChannelMap, A
 
 def _identity_of_channels(moments, constants, parameters, groups):
     one = jnp.ones((1, moments.mean.shape[-1]), moments.mean.dtype)
-    # The same for all channels of a group, so that nothing of y changes but its size here.
+    # y is x less one value for all channels of a group: small numbers, with the same deviations.
     center = moments.shift - groups.average(moments.shift)
     return ChannelMap(center, one, 0 * one, *scale_and_bias(parameters, one, groups)), ()
 
