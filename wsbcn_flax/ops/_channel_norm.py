@@ -19,9 +19,9 @@ from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automa
 from wsbcn_flax.ops._moments import (
     ChannelMoments,
     RawMoments,
-    at_least_one,
     at_positions,
     distance_from,
+    divisor,
     positions,
     raw_moments,
     shift_for,
@@ -289,7 +289,8 @@ def _push_forward(
     """The tangent of y = (x - shift) slope + offset, both of which depend on x by its moments.
 
     Its transpose, which reverse mode takes, is one pass that sums the cotangent g and g (x - shift)
-    over positions, arithmetic on [B, C] arrays, and one elementwise pass.
+    over positions, arithmetic on [B, C] arrays, and one elementwise pass. In bfloat16 it sums g x,
+    since XLA for GPU would write g (x - shift) out in float32.
     """
     distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
@@ -303,8 +304,6 @@ def _push_forward(
         push = functools.partial(linear_with_kernel, push, pull)
     sums = tangent_sums(tangent, distance, mask)
     slope_tangent, offset_tangent = push(residuals, (*sums, parameter_tangents))
-    # The transpose sums what follows: in bfloat16 g x, where XLA for GPU would write g (x - shift)
-    # out in float32.
     distance = distance_from(moments.shift, x, mask)
     changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
     return tangent * at_positions(slope, x) + changed
@@ -434,8 +433,7 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
         )
     )
     of_mean, of_var = slope * of_mean_by_slope, jnp.square(slope) * of_square
-    if moments.weight is not None:
-        count = at_least_one(moments.weight)
+    count = divisor(moments.weight, count)
     return (of_mean - 2 * mean * of_var) / count, 2 * of_var / count, of_parameters
 
 

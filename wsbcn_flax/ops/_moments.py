@@ -100,7 +100,7 @@ class RawMoments(NamedTuple):
     def moments(self, count: int) -> ChannelMoments:
         """Mean and variance over ``count`` positions, or those that the mask leaves."""
         total, square, weight = self.total, self.square, self.weight
-        number = jnp.asarray(count, total.dtype) if weight is None else at_least_one(weight)
+        number = jnp.asarray(divisor(weight, count), total.dtype)
         if self.rest is not None:
             return ChannelMoments(*_exact_moments(number, total, square, self.rest), weight)
         mean = total / number
@@ -109,9 +109,9 @@ class RawMoments(NamedTuple):
         return ChannelMoments(self.shift, mean, var, weight)
 
 
-def at_least_one(weight: jax.Array) -> jax.Array:
-    """The weight, or 1 in place of 0, by which sums are divided."""
-    return jnp.where(weight > 0, weight, 1)
+def divisor(weight: jax.Array | None, count: int) -> jax.Array | int:
+    """The number that sums over positions are divided by: of those that count, if not of all."""
+    return count if weight is None else jnp.where(weight > 0, weight, 1)
 
 
 def positions(x: jax.Array) -> int:
@@ -212,8 +212,7 @@ def tangents_of_moments(
 
     The sums are divided by ``scale`` first, and multiplied last, for what their transpose ends in.
     """
-    if moments.weight is not None:
-        count = at_least_one(moments.weight)
+    count = divisor(moments.weight, count)
     total, along = total / scale, along / scale
     return total * (scale / count), 2 * (along - moments.mean * total) * (scale / count)
 

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 SMALL_CYCLES = 3000  # An operation costs some 1,800 on a v5e, however little it computes.
@@ -56,10 +56,7 @@ def estimated_operations(hlo: str, *, trips: int, bytes_per_cycle: float) -> lis
         if not entry and name not in bodies:
             continue
         sizes: dict[str, int] = {}
-        for line in text.splitlines():
-            if (match := _OPERATION.match(line)) is None:
-                continue
-            result, shape, kind, operands = match.groups()
+        for line, result, shape, kind, operands in _lines(text):
             sizes[result] = _byte_count(shape)
             cycles, path = _CYCLES.search(line), _PATH.search(line)
             is_kernel = kind == "custom-call" and _KERNEL in line
@@ -74,6 +71,13 @@ def estimated_operations(hlo: str, *, trips: int, bytes_per_cycle: float) -> lis
             times = 1 if entry else trips
             operations.append(Operation(path.group(1) if path else "", count, times, is_kernel))
     return operations
+
+
+def _lines(computation: str) -> Iterator[tuple[str, ...]]:
+    """Each line that is an operation, with its name, type, kind and operands."""
+    for line in computation.splitlines():
+        if match := _OPERATION.match(line):
+            yield line, *match.groups()
 
 
 class Group(NamedTuple):
@@ -142,26 +146,22 @@ def gpu_kernels(hlo: str) -> Kernels:
 
     A kernel that reads a slice of an operand reads no more of it than that.
     """
-    fused = {name: text for entry, name, text in _COMPUTATION.findall(hlo) if not entry}
+    computations = _COMPUTATION.findall(hlo)
+    texts = {name: text for _, name, text in computations}
+    entry = next((text for is_entry, _, text in computations if is_entry), "")
+    sizes: dict[str, int] = {}
     kinds: list[str] = []
     moved = 0
-    for entry, _, text in _COMPUTATION.findall(hlo):
-        if not entry:
+    for line, result, shape, kind, operands in _lines(entry):
+        sizes[result] = _byte_count(shape)
+        if kind in _FREE or kind.endswith("-done"):
             continue
-        sizes: dict[str, int] = {}
-        for line in text.splitlines():
-            if (match := _OPERATION.match(line)) is None:
-                continue
-            result, shape, kind, operands = match.groups()
-            sizes[result] = _byte_count(shape)
-            if kind in _FREE or kind.endswith("-done"):
-                continue
-            kinds.append(kind)
-            read = [sizes.get(name, 0) for name in _NAME.findall(operands)]
-            if called := _CALLED.search(line):
-                sliced = _sliced_bytes(fused.get(called.group(1), ""))
-                read = [sliced.get(number, size) for number, size in enumerate(read)]
-            moved += sizes[result] + sum(read)
+        kinds.append(kind)
+        read = [sizes.get(name, 0) for name in _NAME.findall(operands)]
+        if called := _CALLED.search(line):
+            sliced = _sliced_bytes(texts.get(called.group(1), ""))
+            read = [sliced.get(number, size) for number, size in enumerate(read)]
+        moved += sizes[result] + sum(read)
     return Kernels(moved, kinds.count("fusion"), kinds.count("custom-call"))
 
 
@@ -170,10 +170,7 @@ def _sliced_bytes(fusion: str) -> dict[int, int]:
     numbers: dict[str, int] = {}
     read: dict[int, int] = collections.defaultdict(int)
     whole: set[int] = set()
-    for line in fusion.splitlines():
-        if (match := _OPERATION.match(line)) is None:
-            continue
-        result, shape, kind, operands = match.groups()
+    for _, result, shape, kind, operands in _lines(fusion):
         if kind == "parameter":
             numbers[result] = int(operands)
             continue
