@@ -21,7 +21,14 @@ ScalarLossFn = Callable[..., tuple[jax.Array, tuple[Any, Metrics]]]
 
 
 class Evaluated(NamedTuple):
-    """Results of one pass over a batch, averaged over its micro-batches."""
+    """Results of one pass over a batch.
+
+    Attributes:
+        gradients: Gradients of the loss's total, as sums over micro-batches or means, as the
+            metrics are: those of the mean are to be divided by the weight of the loss.
+        batch_stats: Statistics, averaged over micro-batches.
+        metrics: ``Mean`` of each metric and of the loss.
+    """
 
     gradients: Any
     batch_stats: Any
@@ -115,7 +122,7 @@ def evaluate_micro_batches(
     micro_batches: MicroBatches,
     rng: jax.Array,
 ) -> Evaluated:
-    """Gradients, new batch_stats and metrics of the batch, averaged over its micro-batches."""
+    """Gradients, new batch_stats and metrics of the batch."""
     count = micro_batches.count
     if count == 1:
         split_batch(batch, 1)  # The checks.
@@ -162,8 +169,9 @@ def _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches
     shapes = jax.eval_shape(lambda: _evaluate(loss_fn, params, batch_stats, *first))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (total, stats), _ = lax.scan(body, (zeros, batch_stats), inputs, unroll=_unrolls(micro_batches))
-    mean = jax.tree.map(lambda x: x / micro_batches.count, total)
-    return mean._replace(batch_stats=stats) if carried else mean
+    if not carried:
+        stats = jax.tree.map(lambda x: x / micro_batches.count, total.batch_stats)
+    return total._replace(batch_stats=stats)
 
 
 def _unrolls(micro_batches: MicroBatches) -> bool:

@@ -14,7 +14,7 @@ from jax import lax
 
 from wsbcn_flax.layers._step_statistics import advance, collected, collecting
 from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics, Task
-from wsbcn_flax.training._all_reduce import mean_over_devices
+from wsbcn_flax.training._all_reduce import sum_over_devices
 from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
 from wsbcn_flax.training._micro_batches import (
     MicroBatches,
@@ -42,10 +42,10 @@ def make_train_step(
     """Makes a step that accumulates micro-batches, reduces once, and updates once.
 
     The step applies ``transform`` to the parameters once, accumulates gradients with respect to the
-    transformed parameters over all micro-batches, averages gradients, batch_stats and metrics over
+    transformed parameters over all micro-batches, adds gradients, batch_stats and metrics up over
     devices in one all-reduce, and pulls the gradient back through the transform once.
 
-    Losses and metrics may be ``Mean``s: totals and weights are then averaged and divided once, so
+    Losses and metrics may be ``Mean``s: totals and weights are then added up and divided once, so
     that the step is the whole batch's even if the weights of its parts differ.
 
     Where the state has a ``loss_scale``, gradients are computed of the scaled loss. A step whose
@@ -123,16 +123,16 @@ def make_train_step(
             narrow = functools.partial(_narrow, dtype=reduce_dtype)
             out = out._replace(gradients=jax.tree.map(narrow, out.gradients))
         if axis_name is not None:
-            out = mean_over_devices(out, axis_name)
+            out = sum_over_devices(out, axis_name)
+            mean = jax.tree.map(lambda x: x / lax.axis_size(axis_name), out.batch_stats)
+            out = out._replace(batch_stats=mean)
         with jax.named_scope("statistics"):
             batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
             batch_stats = freeze(batch_stats)
-        weight = out.metrics["loss"].weight
-        gradients = jax.tree.map(
-            lambda g, p: Mean(g, weight).divide().astype(p.dtype), out.gradients, transformed
+        gradients = _mean_gradients(
+            out.gradients, out.metrics["loss"].weight, pull_back, like=transformed
         )
-        (gradients,) = pull_back(gradients)
         if state.loss_scale is not None:
             gradients = unscale(gradients, state.loss_scale)
         with jax.named_scope("optimizer"):
@@ -155,6 +155,26 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def _mean_gradients(
+    totals: Any, weight: jax.Array, pull_back: Callable[[Any], tuple[Any]], *, like: Any
+) -> Any:
+    """Pulls the gradients of a mean back, given those of its total in float32 or wider.
+
+    The pull-back is linear, and so they are divided after it, in one pass with the update: a
+    kernel for TPU reads arrays that are written out, as those of the all-reduce are, and divided
+    first they would be written once more. Parameters in half precision might overflow.
+    """
+
+    def divide(gradients: Any, like: Any) -> Any:
+        return jax.tree.map(lambda g, p: Mean(g, weight).divide().astype(p.dtype), gradients, like)
+
+    leaves = zip(jax.tree.leaves(totals), jax.tree.leaves(like), strict=True)
+    if any(g.dtype != p.dtype for g, p in leaves):
+        return pull_back(divide(totals, like))[0]
+    (totals,) = pull_back(totals)
+    return divide(totals, totals)
 
 
 def _loss_fn(task: Any, state: TrainState) -> LossFn:
