@@ -101,18 +101,23 @@ def test_channel_norm_by_kernels(request):
 
 @pytest.mark.parametrize("preset", ["bcn", "official", "nfnet", "wn"])
 @pytest.mark.parametrize("shape", [(3, 3, 4, 256), (1, 1, 8, 12), (24, 12)], ids=str)
-def test_standardize_by_kernels(shape, preset, request):
-    kernel, of_hat = 3 + normal(1, *shape), normal(2, *shape)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_standardize_by_kernels(shape, preset, dtype, request):
+    kernel, of_hat = 3 + normal(1, *shape), normal(2, *shape).astype(dtype)
 
     def step():
-        hat, pull_back = jax.vjp(functools.partial(standardize, preset=preset), kernel)
+        function = functools.partial(standardize, preset=preset, dtype=dtype)
+        hat, pull_back = jax.vjp(function, kernel)
         return hat, pull_back(of_hat)
 
-    expected = step()
+    expected, of_kernel = step()
     ran = request.getfixturevalue("kernels_run")
-    actual = step()
+    actual, actual_of_kernel = step()
     assert len(ran) == 2
-    assert tree_relative_error(actual, expected) < 5e-6
+    assert actual.dtype == expected.dtype == dtype
+    error = {jnp.float32: 5e-6, jnp.bfloat16: 2**-8}[dtype]
+    assert tree_relative_error(actual, expected) < error
+    assert tree_relative_error(actual_of_kernel, of_kernel) < 5e-6
 
 
 def train_step(x):

@@ -150,7 +150,16 @@ def test_half_precision_kernels_are_computed_in_float32(preset, dtype):
     wide, wide_vjp = jax.vjp(function, kernel.astype(jnp.float32))
     assert hat.dtype == dtype
     np.testing.assert_array_equal(hat, wide.astype(dtype))
-    np.testing.assert_array_equal(vjp(dy)[0], wide_vjp(dy.astype(jnp.float32))[0].astype(dtype))
+    of_wide = wide_vjp(dy.astype(jnp.float32))[0]
+    np.testing.assert_array_equal(vjp(dy)[0], of_wide.astype(dtype))
+    # The output alone in half precision, with a gain that is not rounded before it.
+    gain = jnp.float32([1.003, 2, 3, 4, 5])
+    narrow, narrow_vjp = jax.vjp(
+        lambda k: standardize(k, preset=preset, gain=gain, dtype=dtype), kernel.astype(jnp.float32)
+    )
+    np.testing.assert_array_equal(narrow, (wide * gain[None, None, None]).astype(dtype))
+    assert narrow_vjp(dy)[0].dtype == jnp.float32
+    assert standardize(kernel.astype(jnp.float32), preset=preset, dtype=dtype).dtype == dtype
     # At a constant kernel the true gradient is up to 1e6 times dy, beyond float16 for most dy.
     _, vjp = jax.vjp(function, jnp.full_like(kernel, 0.3))
     assert jnp.isfinite(vjp(1e-3 * dy)[0]).all()

@@ -60,6 +60,13 @@ def test_gradients_accumulate_in_float32(loop):
     np.testing.assert_array_equal(params["conv"], np.full((1, 1, 2, 2), -259 / 4))
 
 
+def test_a_transform_returns_kernels_alone_in_its_dtype():
+    params = {"conv": {"kernel": jnp.ones((1, 1, 4, 2)), "bias": jnp.ones(2)}, "b": jnp.ones(1)}
+    out = WeightStandardization(where="conv", dtype=jnp.bfloat16)(params)
+    dtypes = {array.dtype.name for array in (out["conv"]["bias"], out["b"])}
+    assert (out["conv"]["kernel"].dtype, dtypes) == (jnp.bfloat16, {"float32"})
+
+
 def test_a_network_takes_the_step_that_it_takes_without():
     """In bfloat16, whose rounding is the layers' own or the step's."""
     rng = np.random.default_rng(0)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ def standardize(
     out_axis: int = -1,
     gain: jax.Array | None = None,
     shift: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Standardizes a kernel for each output channel over its fan-in.
 
@@ -33,9 +34,8 @@ def standardize(
     where the preset names the denominator (see ``StandardizationRule``): "bcn" (the default),
     "official", "official_tf", "bit", "timm", "nfnet" and "aws" are the field's conventions of
     Weight Standardization; "wn" and "cwn" are weight normalization and centered weight
-    normalization. Computed in float32 or wider and returned in the kernel's dtype. Derivatives are
-    the closed form, in reverse and forward mode and of any order, and are finite at a constant
-    kernel.
+    normalization. Computed in float32 or wider. Derivatives are the closed form, in reverse and
+    forward mode and of any order, and are finite at a constant kernel.
 
     Args:
         kernel: [..., out], for example HWIO. A grouped convolution's I is already in / groups.
@@ -43,9 +43,10 @@ def standardize(
         out_axis: the axis of output channels; -2 for ``nn.ConvTranspose(transpose_kernel=True)``.
         gain: [out], or None for one.
         shift: [out], or None for zero. No gradient flows to the gain and shift of "aws".
+        dtype: Output dtype; defaults to the dtype of the kernel.
 
     Returns:
-        An array of the kernel's shape and dtype.
+        An array of the kernel's shape.
 
     Raises:
         TypeError: if the kernel is not floating-point.
@@ -88,7 +89,7 @@ def standardize(
             )
     if rule.constants:
         gain, shift = lax.stop_gradient((gain, shift))
-    scaled = functools.partial(_scaled, rule, out_axis)
+    scaled = functools.partial(_scaled, rule, out_axis, dtype or kernel.dtype)
     return with_automatic_axes(scaled, (kernel, gain, shift), like=kernel)
 
 
@@ -97,21 +98,24 @@ def restoring_affine(
 ) -> tuple[jax.Array, jax.Array]:
     """The gain and shift [out] with which ``standardize`` returns the kernel as it is."""
     wide = kernel.astype(statistics_dtype(kernel.dtype))
-    center, inverse, _ = _statistics(rule, out_axis % kernel.ndim, wide)
+    center, inverse, _ = _statistics(rule, _fan_in_axes(kernel.ndim, out_axis % kernel.ndim), wide)
     shift = jnp.zeros_like(inverse) if center is None else center
     return (1 / inverse).astype(kernel.dtype), shift.astype(kernel.dtype)
 
 
-def _scaled(rule: StandardizationRule, out_axis: int, kernel, gain, shift):
-    """The standardized kernel times the gain plus the shift, in the kernel's dtype."""
-    dtype = statistics_dtype(kernel.dtype)
+def _scaled(rule: StandardizationRule, out_axis: int, dtype, kernel, gain, shift):
+    """The standardized kernel times the gain plus the shift, in ``dtype``."""
+    wide = statistics_dtype(kernel.dtype)
+    axes = _fan_in_axes(kernel.ndim, out_axis)
+    is_last = gain is None and shift is None
     with jax.named_scope("standardize"):
-        hat = cast(jax.Array, _standardize(rule, out_axis, kernel.astype(dtype)))
+        hat = _standardize(rule, axes, jnp.dtype(dtype if is_last else wide), kernel.astype(wide))
+    hat = cast(jax.Array, hat)
     if gain is not None:
-        hat = hat * jnp.expand_dims(gain.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
+        hat = hat * jnp.expand_dims(gain.astype(wide), axes)
     if shift is not None:
-        hat = hat + jnp.expand_dims(shift.astype(dtype), _fan_in_axes(kernel.ndim, out_axis))
-    return hat.astype(kernel.dtype)
+        hat = hat + jnp.expand_dims(shift.astype(wide), axes)
+    return hat.astype(dtype)
 
 
 def _fan_in_axes(ndim: int, out_axis: int) -> tuple[int, ...]:
@@ -121,53 +125,48 @@ def _fan_in_axes(ndim: int, out_axis: int) -> tuple[int, ...]:
 # A rule of its own: autodiff of the formula costs several more passes over the kernel. The rule is
 # linear in the tangent, and its transpose, which reverse mode takes, is two reductions and one
 # elementwise pass. A checkpoint, since autodiff would keep the centred kernel beside the kernel.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _standardize(rule: StandardizationRule, out_axis: int, kernel: jax.Array) -> jax.Array:
-    center, inverse, _ = _statistics(rule, out_axis, kernel)
-    axes = _fan_in_axes(kernel.ndim, out_axis)
-    return _subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _standardize(
+    rule: StandardizationRule, axes: tuple[int, ...], dtype: Any, kernel: jax.Array
+) -> jax.Array:
+    function = functools.partial(_as_written, rule, axes, dtype)
+    if not _has_kernel(kernel, axes):
+        return function(kernel)
+    return in_one_kernel(function, functools.partial(_by_kernel, rule, dtype), kernel)
 
 
 @_standardize.defjvp
-def _standardize_jvp(rule, out_axis, primals, tangents):
+def _standardize_jvp(rule, axes, dtype, primals, tangents):
     (kernel,), (tangent,) = primals, tangents
-    statistics = _statistics(rule, out_axis, kernel)
-    axes = _fan_in_axes(kernel.ndim, out_axis)
-    center, inverse, _ = statistics
-    hat = _subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)
-    push_forward = jax.checkpoint(functools.partial(_push_forward, axes), prevent_cse=False)
-    return hat, push_forward(kernel, *statistics, tangent)
+    push_forward = functools.partial(_push_forward, axes)
+    if _has_kernel(kernel, axes):
+        transposed = functools.partial(_pull_back_by_kernel, rule)
+        push_forward = functools.partial(linear_with_kernel, push_forward, transposed)
+    push_forward = jax.checkpoint(push_forward, prevent_cse=False)
+    pushed = push_forward((kernel, *_statistics(rule, axes, kernel)), tangent)
+    return _standardize(rule, axes, dtype, kernel), pushed.astype(dtype)
 
 
-def _push_forward(axes, kernel, center, inverse, curvature, tangent):
+def _as_written(rule, axes, dtype, kernel):
+    center, inverse, _ = _statistics(rule, axes, kernel)
+    return (_subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)).astype(dtype)
+
+
+def _push_forward(axes, residuals, tangent):
     """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel.
 
-    Without mean(t) where the rule does not centre.
-    """
-    sums = jnp.sum(tangent * _subtract(kernel, center, axes), axes), jnp.sum(tangent, axes)
-    residuals = kernel, center, inverse, curvature
-    expand = functools.partial(_expand, axes)
-    if _has_kernel(kernel, axes):
-        expand = functools.partial(linear_with_kernel, expand, _reduce_by_kernel)
-    (out_axis,) = set(range(kernel.ndim)) - set(axes)
-    return tangent * _at(inverse, kernel, out_axis) + expand(residuals, sums)
-
-
-def _expand(axes, residuals, sums):
-    """The terms of a tangent that its sums along the fan-in make: -u c sum(u t) - r mean(t).
-
-    The u outside the sum is written as two terms, W and mean(W): their transposes reduce products
-    of W and not of u, which XLA for CPU would write out.
+    Without mean(t) where the rule does not centre. The u outside the sum is written as two terms,
+    W and mean(W): their transposes reduce products of W and not of u, which XLA for CPU would write
+    out.
     """
     kernel, center, inverse, curvature = residuals
-    along, total = sums
     (out_axis,) = set(range(kernel.ndim)) - set(axes)
-    along = -curvature * along
-    expanded = kernel * _at(along, kernel, out_axis)
+    along = -curvature * jnp.sum(tangent * _subtract(kernel, center, axes), axes)
+    pushed = tangent * _at(inverse, kernel, out_axis) + kernel * _at(along, kernel, out_axis)
     if center is None:
-        return expanded
-    fan_in = math.prod(kernel.shape) // center.size
-    return expanded - _at(center * along + inverse * total / fan_in, kernel, out_axis)
+        return pushed
+    mean = jnp.sum(tangent, axes) / (math.prod(kernel.shape) // center.size)
+    return pushed - _at(center * along + inverse * mean, kernel, out_axis)
 
 
 def _at(values, kernel, out_axis):
@@ -176,16 +175,8 @@ def _at(values, kernel, out_axis):
     return lax.broadcast_in_dim(values, kernel.shape, (out_axis,))
 
 
-def _statistics(rule, out_axis, kernel):
+def _statistics(rule, axes, kernel):
     """The kernel's mean (None where the rule does not centre), r and c, one per output channel."""
-    axes = _fan_in_axes(kernel.ndim, out_axis)
-    statistics = functools.partial(_statistics_by_corners, rule, axes)
-    if not _has_kernel(kernel, axes):
-        return statistics(kernel)
-    return in_one_kernel(statistics, functools.partial(_statistics_by_kernel, rule), kernel)
-
-
-def _statistics_by_corners(rule, axes, kernel):
     (out_axis,) = set(range(kernel.ndim)) - set(axes)
     fan_in = math.prod(kernel.shape) // kernel.shape[out_axis]
     if not rule.center:
@@ -200,7 +191,7 @@ def _statistics_by_corners(rule, axes, kernel):
 
 
 # On a TPU each output channel's weights are held at once, so that its variance is taken about its
-# mean in one pass over memory, and all that follows is part of the same kernel.
+# mean, and its weights standardized and rounded, in one pass over memory.
 def _has_kernel(kernel: jax.Array, axes: tuple[int, ...]) -> bool:
     """Whether Pallas kernels for TPU can take the sums along the fan-in."""
     fan_in = math.prod(kernel.shape[axis] for axis in axes)
@@ -208,36 +199,39 @@ def _has_kernel(kernel: jax.Array, axes: tuple[int, ...]) -> bool:
     return is_last and kernel.dtype == jnp.float32 and fan_in <= _LARGEST_FAN_IN
 
 
-def _statistics_by_kernel(rule, kernel):
-    fan_in = math.prod(kernel.shape[:-1])
-
+def _by_kernel(rule, dtype, kernel):
     def of_columns(weights):
-        center = jnp.mean(weights, 0, keepdims=True) if rule.center else None
-        centred = weights if center is None else weights - center
-        total = jnp.sum(lax.square(centred), 0, keepdims=True)
-        return center, *_inverse_denominator(rule, fan_in, total)
+        centred, _, inverse, _ = _statistics_of_columns(rule, weights)
+        return (centred * inverse).astype(dtype)
 
-    rows = column_kernel(of_columns, kernel.reshape(fan_in, -1))
-    return jax.tree.map(lambda row: row[0], rows)
+    hat = column_kernel(of_columns, kernel.reshape(-1, kernel.shape[-1]))
+    return hat.reshape(kernel.shape)
 
 
-def _reduce_by_kernel(wanted, residuals, cotangent):
-    """The transpose of ``_expand``: -c sum(u g) and, where the rule centres, -r mean(g)."""
-    kernel, *of_channels = residuals
-    fan_in = math.prod(kernel.shape[:-1])
+def _pull_back_by_kernel(rule, wanted, residuals, cotangent):
+    """The transpose of ``_push_forward``: one pass that reduces, and one that XLA may fuse."""
+    kernel, *_ = residuals
 
-    def of_columns(weights, of_channels, cotangent):
-        center, inverse, curvature = of_channels
-        centred = weights if center is None else weights - center
+    def of_columns(weights, cotangent):
+        centred, center, inverse, curvature = _statistics_of_columns(rule, weights)
         along = -curvature * jnp.sum(cotangent * centred, 0, keepdims=True)
         if center is None:
-            return along, jnp.zeros_like(along)
-        return along, -inverse * jnp.mean(cotangent, 0, keepdims=True)
+            return inverse, along, jnp.zeros_like(along)
+        mean = jnp.mean(cotangent, 0, keepdims=True)
+        return inverse, along, center * along + inverse * mean
 
-    matrices = (array.reshape(fan_in, -1) for array in (kernel, cotangent))
-    weights, cotangent = matrices
-    rows = jax.tree.map(lambda value: value[None], of_channels)
-    return [row[0] for row in only(wanted, column_kernel(of_columns, weights, rows, cotangent))]
+    matrices = (array.reshape(-1, array.shape[-1]) for array in (kernel, cotangent))
+    rows = column_kernel(of_columns, *matrices)
+    inverse, along, rest = (_at(row[0], kernel, kernel.ndim - 1) for row in rows)
+    return only(wanted, cotangent * inverse + (kernel * along - rest))
+
+
+def _statistics_of_columns(rule, weights):
+    """The centred columns of a matrix, their means, and r and c, each one row."""
+    center = jnp.mean(weights, 0, keepdims=True) if rule.center else None
+    centred = weights if center is None else weights - center
+    total = jnp.sum(lax.square(centred), 0, keepdims=True)
+    return centred, center, *_inverse_denominator(rule, weights.shape[0], total)
 
 
 def _corner(kernel, axes, index):

@@ -22,6 +22,7 @@ from wsbcn_flax.training._micro_batches import (
     evaluate_micro_batches,
 )
 from wsbcn_flax.training._state import TrainState
+from wsbcn_flax.transforms import WeightStandardization
 
 _ONE = MicroBatches()
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -110,7 +111,12 @@ def make_train_step(
             if transform is None
             else jax.vjp(transform, state.params)
         )
-        params = transformed if kernel_dtype is None else _round(transformed, kernel_dtype)
+        params = transformed
+        if kernel_dtype is not None:
+            if isinstance(transform, WeightStandardization):
+                # Not `transformed` rounded: a kernel for TPU writes its output in one dtype.
+                params = dataclasses.replace(transform, dtype=kernel_dtype)(state.params)
+            params = _round(params, kernel_dtype)
         loss = _in_means(_loss_fn(task, state))
         if micro_batches.batch_stats == "average":
             loss = _adds_calls_up(loss)

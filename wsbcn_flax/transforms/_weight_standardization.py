@@ -57,6 +57,7 @@ class WeightStandardization:
         stacked_axes: Number of leading axes that count separate layers, as ``nn.scan`` and
             ``nn.vmap`` stack them: each layer is standardized by itself, and gains are
             [layers, out]. Kernels from ``normalized_convolutions`` carry their own.
+        dtype: Dtype of the standardized kernels; defaults to that of the parameters.
 
     Raises:
         TypeError, ValueError: For an unknown preset or a negative ``stacked_axes``; when called,
@@ -98,6 +99,7 @@ class WeightStandardization:
     where: PathRule = None
     out_axis: int = -1
     stacked_axes: int = 0
+    dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
         resolve_rule(self.preset)
@@ -227,7 +229,12 @@ class WeightStandardization:
     ) -> jax.Array:
         def one_layer(array: jax.Array, gain: Any, shift: Any) -> jax.Array:
             return standardize(
-                array, preset=self.preset, out_axis=kernel.out_axis, gain=gain, shift=shift
+                array,
+                preset=self.preset,
+                out_axis=kernel.out_axis,
+                gain=gain,
+                shift=shift,
+                dtype=self.dtype,
             )
 
         for _ in range(kernel.stacked_axes):
