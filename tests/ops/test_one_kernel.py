@@ -80,7 +80,8 @@ def test_batch_channel_norm_by_kernels(affine, options, dtype, request):
     ran = request.getfixturevalue("kernels_run")
     actual, actual_others = bcn_and_gradients(affine, x, **options)
     assert len(ran) >= 2
-    assert tree_relative_error(actual_others, others) < 2e-6
+    # Both orders of arithmetic are within 2e-6 of float64.
+    assert tree_relative_error(actual_others, others) < 4e-6
     assert tree_relative_error(actual, dx) < {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}[dtype]
 
 

@@ -32,7 +32,7 @@ from wsbcn_flax.ops._moments import (
 from wsbcn_flax.ops._one_kernel import (
     fit_at_once,
     in_one_kernel,
-    linear_with_kernel,
+    linear_with_transpose,
     only,
     whole_kernel,
 )
@@ -295,15 +295,15 @@ def _push_forward(
     distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
     static = map_of_channels, num_groups, epsilon, count
-    push, residuals = (
+    residuals = moments, constants, parameters
+    by_kernel = functools.partial(_pulled_by_kernel, static)
+    slope_tangent, offset_tangent = linear_with_transpose(
         functools.partial(_coefficient_tangents, *static),
-        (moments, constants, parameters),
+        functools.partial(_pulled_coefficients, *static, groups_of),
+        residuals,
+        (*tangent_sums(tangent, distance, mask), parameter_tangents),
+        kernel=by_kernel if fit_at_once(residuals) else None,
     )
-    if fit_at_once(residuals):
-        pull = functools.partial(_pulled_by_kernel, static)
-        push = functools.partial(linear_with_kernel, push, pull)
-    sums = tangent_sums(tangent, distance, mask)
-    slope_tangent, offset_tangent = push(residuals, (*sums, parameter_tangents))
     distance = distance_from(moments.shift, x, mask)
     changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
     return tangent * at_positions(slope, x) + changed
@@ -326,13 +326,13 @@ def _evaluate(map_of_channels, num_groups, epsilon, count, groups, raw, constant
     moments = raw.moments(count)
     groups = groups(num_groups, moments.mean.shape[-1])
     channel_map, aux = map_of_channels(moments, constants, parameters, groups)
-    slope, offset, _ = _map(groups, epsilon, moments.mean, moments.var, channel_map)
+    slope, offset = _map(groups, epsilon, moments.mean, moments.var, channel_map)
     # A shift that was given is not one more result of a kernel.
     return moments.shift if raw.shift is None else (), slope, offset, aux
 
 
 def _map(groups, epsilon, mean, var, channel_map):
-    """Slope and offset of y as a function of x - shift, and the group's std, all [B, C].
+    """Slope and offset of y as a function of x - shift, [B, C].
 
     Every coefficient of x, here and in the derivative, ends in a division by std: XLA for CPU
     repeats a cheap operation for each element of x, that of group indices included, but no
@@ -340,7 +340,7 @@ def _map(groups, epsilon, mean, var, channel_map):
     """
     slope, d, _, std = _deviations(groups, epsilon, mean, var, channel_map)
     scale, bias = channel_map.scale, channel_map.bias
-    return slope * scale / std, (d * scale + bias * std) / std, std
+    return slope * scale / std, (d * scale + bias * std) / std
 
 
 def _deviations(groups, epsilon, mean, var, channel_map):
@@ -371,30 +371,32 @@ def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals
         return _map(groups, epsilon, mean, var, channel_map)
 
     primals = moments.mean, moments.var, parameters
-    tangents = tangents_of_moments(total, along, moments, count, scale=evaluate(*primals)[2])
-    slope, offset, _ = jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1]
+    tangents = tangents_of_moments(total, along, moments, count)
+    slope, offset = jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1]
     if raw.shift is None:
         offset = offset - moments.shift * slope
     return slope, offset
 
 
 def _pulled_by_kernel(static, wanted, residuals, cotangents):
-    def pulled(*arguments):
-        return only(wanted, _pulled_coefficients(*static, *arguments))
-
+    pulled = functools.partial(_pulled_coefficients, *static, groups_in_kernel, wanted)
     return whole_kernel(pulled, residuals, cotangents)
 
 
-def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals, cotangents):
-    """The transpose of ``_coefficient_tangents``, in closed form, for a kernel.
+def _pulled_coefficients(
+    map_of_channels, num_groups, epsilon, count, groups, wanted, residuals, cotangents
+):
+    """The transpose of ``_coefficient_tangents``, in closed form.
 
-    With s, o the cotangents of y's slope and offset, q that of the group's std^2, for each channel
-    and averaged over the group, and m = slope mean + d, which is zero on average:
+    With s, o the cotangents of y's slope and offset, p = E[(s slope + o d) scale / std] and
+    e = E[o scale / std] over the group, and m = slope mean + d, which is zero on average:
 
-        q   = -E[(s slope + o d) scale] / (2 std^3)
-        d'  = o scale / std + 2 q m - E[o scale / std]                  that of the offset
-        var' = q slope^2,    mean' = slope (2 q m - E[o scale / std])
-        slope' = s scale / std + 2 q slope var + mean (2 q m - E[o scale / std]) + d' center
+        o'     = o scale / std - p m / std^2 - e                       that of the offset
+        slope' = s scale / std - p slope var / std^2 - mean (p m / std^2 + e) + o' center
+
+    Those of the mean and var of x, as of the sums that they are made of, are
+
+        var'   = -p slope^2 / (2 std^2),    mean' = -slope (p m / std^2 + e)
     """
     raw, constants, parameters = residuals
     of_slope, of_offset = cotangents
@@ -402,26 +404,30 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
     if raw.shift is None:
         of_slope = of_slope - moments.shift * of_offset
     mean, var = moments.mean, moments.var
-    groups = groups_in_kernel(num_groups, mean.shape[-1])
+    groups = groups(num_groups, mean.shape[-1])
     channel_map, pull = jax.vjp(
         lambda parameters: map_of_channels(moments, constants, parameters, groups)[0], parameters
     )
     slope, d, centred, std = _deviations(groups, epsilon, mean, var, channel_map)
     center, scale = channel_map.center, channel_map.scale
-    of_scale = (of_slope * slope + of_offset * d) / std
-    of_square = groups.average(of_scale * scale) / (-2 * jnp.square(std))
-    of_d = of_offset * scale / std
-    of_mean_by_slope = 2 * of_square * centred - groups.average(of_d)
+    # Over std before all else, the bias's too: XLA would sum a cotangent that is the sum of another
+    # array over samples from that array, in one more pass over it.
+    of_slope, of_offset = of_slope / std, of_offset / std
+    of_scale = of_slope * slope + of_offset * d
+    of_d = of_offset * scale
+    of_std, of_mean_d = groups.average(of_scale * scale), groups.average(of_d)
+    by_std = of_std / std
+    of_mean_by_slope = by_std * centred / -std - of_mean_d
     of_constant = of_d + of_mean_by_slope
     of_map = ChannelMap(
         of_constant * slope,
-        of_slope * scale / std
-        + 2 * of_square * slope * var
+        of_slope * scale
+        - by_std * slope * var / std
         + of_mean_by_slope * mean
         + of_constant * center,
         of_constant,
         of_scale,
-        of_offset,
+        of_offset * std,
     )
     (of_parameters,) = pull(
         jax.tree.map(
@@ -432,9 +438,10 @@ def _pulled_coefficients(map_of_channels, num_groups, epsilon, count, residuals,
             of_map,
         )
     )
-    of_mean, of_var = slope * of_mean_by_slope, jnp.square(slope) * of_square
     count = divisor(moments.weight, count)
-    return (of_mean - 2 * mean * of_var) / count, 2 * of_var / count, of_parameters
+    of_total = -slope * (by_std * d + of_mean_d * std) / count / std
+    of_along = -jnp.square(slope) * by_std / count / std
+    return only(wanted, (of_total, of_along, of_parameters))
 
 
 def groups_of(num_groups: int, features: int) -> Groups:

@@ -206,15 +206,11 @@ def tangent_sums(tangent, distance, mask) -> tuple[jax.Array, jax.Array]:
 
 
 def tangents_of_moments(
-    total, along, moments: ChannelMoments, count, *, scale: jax.Array | float = 1.0
+    total, along, moments: ChannelMoments, count
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangents of mean and var, from ``tangent_sums`` over ``count`` positions.
-
-    The sums are divided by ``scale`` first, and multiplied last, for what their transpose ends in.
-    """
+    """The tangents of mean and var, from ``tangent_sums`` over ``count`` positions."""
     count = divisor(moments.weight, count)
-    total, along = total / scale, along / scale
-    return total * (scale / count), 2 * (along - moments.mean * total) * (scale / count)
+    return total / count, 2 * (along - moments.mean * total) / count
 
 
 def typical_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -43,38 +43,37 @@ def in_one_kernel(function: Callable[..., Any], kernel: Callable[..., Any], *arg
     return jax.tree.unflatten(out_tree, outputs)
 
 
-def linear_with_kernel(
+def linear_with_transpose(
     function: Callable[[Any, Any], Any],
-    transposed_kernel: Callable[[Wanted, Any, Any], list[jax.Array]],
+    transpose: Callable[[Wanted, Any, Any], list[jax.Array]],
     residuals: Any,
     linear: Any,
+    *,
+    kernel: Callable[[Wanted, Any, Any], list[jax.Array]] | None = None,
 ) -> Any:
-    """Returns ``function(residuals, linear)``, linear in ``linear``; its transpose has a kernel.
+    """Returns ``function(residuals, linear)``, linear in ``linear``, with a transpose of its own.
 
     Args:
         function: Function of two pytrees of arrays.
-        transposed_kernel: ``(wanted, residuals, cotangents) -> leaves``, the leaves of the
-            cotangent of ``linear`` that are wanted.
+        transpose: ``(wanted, residuals, cotangents) -> leaves``, the leaves of the cotangent of
+            ``linear`` that are wanted.
         residuals: What ``function`` need not be linear in.
         linear: What it is linear in.
+        kernel: The transpose by a Pallas kernel, for TPU.
     """
     flat, tree = _flatten((residuals, linear))
-    residuals, linear = jax.tree.unflatten(tree, flat)
-    out_tree, avals = _outputs(function, (residuals, linear))
+    out_tree, avals = _outputs(function, jax.tree.unflatten(tree, flat))
     residual_tree = jax.tree.structure(residuals)
-    shapes = jax.tree.map(jax.typeof, linear)
-
-    def transpose(wanted, residuals, cotangents):
-        (pulled,) = jax.linear_transpose(functools.partial(function, residuals), shapes)(cotangents)
-        return only(wanted, pulled)
 
     def transpose_leaves(wanted, residual_leaves, cotangent_leaves):
-        return in_one_kernel(
-            functools.partial(transpose, wanted),
-            functools.partial(transposed_kernel, wanted),
+        as_written = functools.partial(transpose, wanted)
+        arguments = (
             jax.tree.unflatten(residual_tree, residual_leaves),
             jax.tree.unflatten(out_tree, cotangent_leaves),
         )
+        if kernel is None:
+            return as_written(*arguments)
+        return in_one_kernel(as_written, functools.partial(kernel, wanted), *arguments)
 
     outputs = _linear_p.bind(
         *flat,

@@ -10,7 +10,7 @@ from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.ops._explicit_axes import with_automatic_axes
-from wsbcn_flax.ops._one_kernel import column_kernel, in_one_kernel, linear_with_kernel, only
+from wsbcn_flax.ops._one_kernel import column_kernel, in_one_kernel, linear_with_transpose, only
 from wsbcn_flax.ops._rules import StandardizationRule, resolve_rule
 
 _LARGEST_FAN_IN = 4608  # Of the two kernels' columns, in the memory of a TPU's vector unit.
@@ -122,9 +122,8 @@ def _fan_in_axes(ndim: int, out_axis: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis != out_axis)
 
 
-# A rule of its own: autodiff of the formula costs several more passes over the kernel. The rule is
-# linear in the tangent, and its transpose, which reverse mode takes, is two reductions and one
-# elementwise pass. A checkpoint, since autodiff would keep the centred kernel beside the kernel.
+# A rule of its own: autodiff of the formula costs several more passes over the kernel, and would
+# keep the centred kernel beside the kernel.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _standardize(
     rule: StandardizationRule, axes: tuple[int, ...], dtype: Any, kernel: jax.Array
@@ -139,11 +138,14 @@ def _standardize(
 def _standardize_jvp(rule, axes, dtype, primals, tangents):
     (kernel,), (tangent,) = primals, tangents
     push_forward = functools.partial(_push_forward, axes)
-    if _has_kernel(kernel, axes):
-        transposed = functools.partial(_pull_back_by_kernel, rule)
-        push_forward = functools.partial(linear_with_kernel, push_forward, transposed)
-    push_forward = jax.checkpoint(push_forward, prevent_cse=False)
-    pushed = push_forward((kernel, *_statistics(rule, axes, kernel)), tangent)
+    by_kernel = functools.partial(_pull_back_by_kernel, rule)
+    pushed = linear_with_transpose(
+        push_forward,
+        lambda wanted, *arguments: only(wanted, push_forward(*arguments)),  # It is symmetric.
+        (kernel, *_statistics(rule, axes, kernel)),
+        tangent,
+        kernel=by_kernel if _has_kernel(kernel, axes) else None,
+    )
     return _standardize(rule, axes, dtype, kernel), pushed.astype(dtype)
 
 
@@ -155,18 +157,21 @@ def _as_written(rule, axes, dtype, kernel):
 def _push_forward(axes, residuals, tangent):
     """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel.
 
-    Without mean(t) where the rule does not centre. The u outside the sum is written as two terms,
-    W and mean(W): their transposes reduce products of W and not of u, which XLA for CPU would write
-    out.
+    Without mean(t) where the rule does not centre. The sum of u t is that of W t less that of
+    mean(W) t: XLA for CPU would write u out, which both the sum and the last pass need.
     """
     kernel, center, inverse, curvature = residuals
     (out_axis,) = set(range(kernel.ndim)) - set(axes)
-    along = -curvature * jnp.sum(tangent * _subtract(kernel, center, axes), axes)
-    pushed = tangent * _at(inverse, kernel, out_axis) + kernel * _at(along, kernel, out_axis)
+    at = functools.partial(_at, kernel=kernel, out_axis=out_axis)
+    along = jnp.sum(tangent * kernel, axes)
     if center is None:
-        return pushed
-    mean = jnp.sum(tangent, axes) / (math.prod(kernel.shape) // center.size)
-    return pushed - _at(center * along + inverse * mean, kernel, out_axis)
+        return tangent * at(inverse) - kernel * at(curvature * along)
+    total = jnp.sum(tangent, axes)
+    along = -curvature * (along - center * total)
+    fan_in = math.prod(kernel.shape) // center.size
+    return (
+        tangent * at(inverse) + kernel * at(along) - at(center * along + inverse * total / fan_in)
+    )
 
 
 def _at(values, kernel, out_axis):
