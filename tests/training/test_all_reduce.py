@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from wsbcn_flax.training import Partition, TrainState, make_train_step
-from wsbcn_flax.training._all_reduce import sum_over_devices
+from wsbcn_flax.training._sums import sum_over_devices
 
 
 def tree():

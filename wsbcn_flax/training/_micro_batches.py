@@ -11,6 +11,7 @@ from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.tasks import Batch, Metrics
+from wsbcn_flax.training._sums import pack_vectors
 
 Loop = Literal["auto", "scan", "unroll", "vmap"]
 BatchStatsRule = Literal["average", "carry"]
@@ -160,15 +161,19 @@ def _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches
 
     def body(carry, inputs):
         total, stats = carry
+        # Else XLA for TPU (libtpu 0.0.42) gives the images the layout of the whole batch: padding
+        # them for the first convolution of ResNet-50 was 0.9 of 6.3 ms.
+        inputs = lax.optimization_barrier(inputs)
         out = _evaluate(loss_fn, params, stats, *inputs)
-        total = jax.tree.map(jnp.add, total, out)
+        total = jax.tree.map(jnp.add, total, pack_vectors(out)[0])
         return (total, out.batch_stats if carried else stats), None
 
     inputs = (jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batches), rngs)
     first = jax.tree.map(lambda x: x[0], inputs)
     shapes = jax.eval_shape(lambda: _evaluate(loss_fn, params, batch_stats, *first))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros, unpack = pack_vectors(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     (total, stats), _ = lax.scan(body, (zeros, batch_stats), inputs, unroll=_unrolls(micro_batches))
+    total = unpack(total)
     if not carried:
         stats = jax.tree.map(lambda x: x / micro_batches.count, total.batch_stats)
     return total._replace(batch_stats=stats)

@@ -14,7 +14,6 @@ from jax import lax
 
 from wsbcn_flax.layers._step_statistics import advance, collected, collecting
 from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics, Task
-from wsbcn_flax.training._all_reduce import sum_over_devices
 from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
 from wsbcn_flax.training._micro_batches import (
     MicroBatches,
@@ -22,6 +21,7 @@ from wsbcn_flax.training._micro_batches import (
     evaluate_micro_batches,
 )
 from wsbcn_flax.training._state import TrainState
+from wsbcn_flax.training._sums import sum_over_devices
 from wsbcn_flax.transforms import WeightStandardization
 
 _ONE = MicroBatches()
