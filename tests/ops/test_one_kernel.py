@@ -34,7 +34,9 @@ def kernels_run(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     for module in (_one_kernel, _channel_norm, _weight_standardization):
         monkeypatch.setattr(module, "in_one_kernel", run_kernel)
-    return ran
+    jax.clear_caches()  # Of what was traced without them, and then with them.
+    yield ran
+    jax.clear_caches()
 
 
 def bcn_and_gradients(affine, x, statistics="estimate", masked=False, **options):
@@ -114,7 +116,7 @@ def test_standardize_by_kernels(shape, preset, dtype, request):
     expected, of_kernel = step()
     ran = request.getfixturevalue("kernels_run")
     actual, actual_of_kernel = step()
-    assert len(ran) == 2
+    assert len(ran) >= 2
     assert actual.dtype == expected.dtype == dtype
     error = {jnp.float32: 5e-6, jnp.bfloat16: 2**-8}[dtype]
     assert tree_relative_error(actual, expected) < error

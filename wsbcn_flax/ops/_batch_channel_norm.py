@@ -175,18 +175,24 @@ def batch_channel_norm(
         num_groups=num_groups,
         statistics="running" if use_running_average else statistics,
         order=order,
-        rate=rate,
         axis_name=axis_name,
-        epsilon=epsilon,
-        dtype=x.dtype if dtype is None else dtype,
+        epsilon=float(epsilon),
+        dtype=jnp.dtype(x.dtype if dtype is None else dtype),
     )
+    step = jnp.asarray(rate(running.count) if callable(rate) else rate, running.mean.dtype)
     parameters = (batch_scale, batch_bias, channel_scale, channel_bias)
-    return with_automatic_axes(normalize, (x, running, *parameters, mask), like=(x, running))
+    arrays = (x, running, step, *parameters, mask)
+    return with_automatic_axes(normalize, arrays, like=(x, running))
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("num_groups", "statistics", "order", "axis_name", "epsilon", "dtype"),
+)
 def _batch_channel_norm(
     x,
     running,
+    step,
     batch_scale,
     batch_bias,
     channel_scale,
@@ -196,7 +202,6 @@ def _batch_channel_norm(
     num_groups,
     statistics,
     order,
-    rate,
     axis_name,
     epsilon,
     dtype,
@@ -204,7 +209,6 @@ def _batch_channel_norm(
     mask = full_mask(mask, x)
     x = tiled_for_few_samples(x)
     moments = raw_moments(x, shift_for(x, mask), mask)
-    step = jnp.asarray(rate(running.count) if callable(rate) else rate, running.mean.dtype)
     constants = step[None, None]
     of_channels = (running.mean, running.var, batch_scale, batch_bias, channel_scale, channel_bias)
     parameters = tuple(map(row, of_channels))

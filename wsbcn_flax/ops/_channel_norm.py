@@ -93,12 +93,13 @@ def channel_norm(
     normalize = functools.partial(
         _channel_norm,
         num_groups=num_groups,
-        epsilon=epsilon,
-        dtype=x.dtype if dtype is None else dtype,
+        epsilon=float(epsilon),
+        dtype=jnp.dtype(x.dtype if dtype is None else dtype),
     )
     return with_automatic_axes(normalize, (x, scale, bias, mask), like=x)
 
 
+@functools.partial(jax.jit, static_argnames=("num_groups", "epsilon", "dtype"))
 def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon, dtype):
     mask = full_mask(mask, x)
     x = tiled_for_few_samples(x)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +89,10 @@ def standardize(
             )
     if rule.constants:
         gain, shift = lax.stop_gradient((gain, shift))
-    scaled = functools.partial(_scaled, rule, out_axis, dtype or kernel.dtype)
-    return with_automatic_axes(scaled, (kernel, gain, shift), like=kernel)
+    standardized = functools.partial(
+        _standardized, rule, out_axis, jnp.dtype(dtype or kernel.dtype)
+    )
+    return with_automatic_axes(standardized, (kernel, gain, shift), like=kernel)
 
 
 def restoring_affine(
@@ -103,14 +105,13 @@ def restoring_affine(
     return (1 / inverse).astype(kernel.dtype), shift.astype(kernel.dtype)
 
 
-def _scaled(rule: StandardizationRule, out_axis: int, dtype, kernel, gain, shift):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _standardized(rule: StandardizationRule, out_axis: int, dtype, kernel, gain, shift):
     """The standardized kernel times the gain plus the shift, in ``dtype``."""
     wide = statistics_dtype(kernel.dtype)
     axes = _fan_in_axes(kernel.ndim, out_axis)
     is_last = gain is None and shift is None
-    with jax.named_scope("standardize"):
-        hat = _standardize(rule, axes, jnp.dtype(dtype if is_last else wide), kernel.astype(wide))
-    hat = cast(jax.Array, hat)
+    hat: Any = _standardize(rule, axes, dtype if is_last else wide, kernel.astype(wide))
     if gain is not None:
         hat = hat * jnp.expand_dims(gain.astype(wide), axes)
     if shift is not None:
