@@ -431,3 +431,18 @@ def test_eight_devices_equal_one(statistics, order, mode, masked, mesh8):
         y, dx, new = jax.pmap(sharded, axis_name="data", out_axes=(0, 0, None))(*split)
         actual = y.reshape(x.shape), dx.reshape(x.shape), new
     assert tree_relative_error(actual, expected) < 1e-10
+
+
+def test_layers_of_one_shape_are_traced_and_lowered_once():
+    """Forward and backward: tracing a deep network would take many times BatchNorm's seconds."""
+
+    def functions(depth):
+        def network(x):
+            for _ in range(depth):
+                x, _ = batch_channel_norm(x, RunningStats.fresh(8), num_groups=4)
+            return jnp.sum(jnp.sin(x))
+
+        program = jax.jit(jax.grad(network)).lower(normal(1, 2, 4, 4, 8)).as_text()
+        return program.count("func.func private @_batch_channel_norm")
+
+    assert functions(depth=3) == functions(depth=1) == 2
