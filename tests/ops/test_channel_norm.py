@@ -47,8 +47,11 @@ def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch):
         calls.append(tpu)
         return tpu(*operands)
 
-    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
-    actual = value_and_vjp(lambda *primals: function(*primals), (x, scale, bias), dy)
+    jax.clear_caches()  # What was traced without the patch, and then with it.
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", on_tpu)
+        actual = value_and_vjp(lambda *primals: function(*primals), (x, scale, bias), dy)
+    jax.clear_caches()
     assert calls
     assert tree_relative_error(actual, expected) < 1e-12
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 Wanted = Sequence[bool]
@@ -33,12 +33,12 @@ def in_one_kernel(function: Callable[..., Any], kernel: Callable[..., Any], *arg
         *arguments: Pytrees of arrays.
     """
     flat, tree = _flatten(arguments)
-    out_tree, avals = _outputs(function, jax.tree.unflatten(tree, flat))
+    traced, out_tree = _trace(function, jax.tree.unflatten(tree, flat))
     outputs = _function_p.bind(
         *flat,
-        function=_on_leaves(function, tree),
+        function=jaxpr_as_fun(traced),
         kernel=_on_leaves(kernel, tree),
-        avals=avals,
+        avals=tuple(traced.out_avals),
     )
     return jax.tree.unflatten(out_tree, outputs)
 
@@ -62,7 +62,7 @@ def linear_with_transpose(
         kernel: The transpose by a Pallas kernel, for TPU.
     """
     flat, tree = _flatten((residuals, linear))
-    out_tree, avals = _outputs(function, jax.tree.unflatten(tree, flat))
+    traced, out_tree = _trace(function, jax.tree.unflatten(tree, flat))
     residual_tree = jax.tree.structure(residuals)
 
     def transpose_leaves(wanted, residual_leaves, cotangent_leaves):
@@ -77,10 +77,10 @@ def linear_with_transpose(
 
     outputs = _linear_p.bind(
         *flat,
-        function=_on_leaves(function, tree),
+        function=jaxpr_as_fun(traced),
         transpose=transpose_leaves,
         count=residual_tree.num_leaves,
-        avals=avals,
+        avals=tuple(traced.out_avals),
     )
     return jax.tree.unflatten(out_tree, outputs)
 
@@ -118,7 +118,7 @@ def _run(function, arguments, *, tile: int | None):
     from jax.experimental import pallas as pl  # It takes as long to import as the whole library.
 
     flat, tree = jax.tree.flatten(arguments)
-    out_tree, avals = _outputs(function, arguments)
+    traced, out_tree = _trace(function, arguments)
 
     def kernel(*references):
         inputs, outputs = references[: len(flat)], references[len(flat) :]
@@ -130,7 +130,9 @@ def _run(function, arguments, *, tile: int | None):
         return pl.BlockSpec((array.shape[0], tile), lambda i: (0, i))
 
     axes = jax.typeof(flat[0]).manual_axis_type
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=axes) for a in avals]
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=axes) for a in traced.out_avals
+    ]
     grid: dict[str, Any] = {}
     if tile is not None:
         grid["grid"] = (flat[0].shape[1] // tile,)
@@ -171,10 +173,10 @@ def _axes(array: jax.Array) -> frozenset[Any]:
     return jax.typeof(array).manual_axis_type.varying
 
 
-def _outputs(function, arguments) -> tuple[Any, Any]:
-    """The structure of a function's outputs and the types of their leaves."""
+def _trace(function: Callable[..., Any], arguments: Any) -> tuple[Any, Any]:
+    """The traced function, which is not traced again, and the structure of its outputs."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    return jax.tree.structure(shapes), tuple(jaxpr.out_avals)
+    return jaxpr, jax.tree.structure(shapes)
 
 
 def _on_leaves(function: Callable[..., Any], tree: Any) -> Callable[..., list[Any]]:
