@@ -55,6 +55,14 @@ def _release_programs():
 
 
 @pytest.fixture
+def traced_anew():
+    """Forgets what was traced, for a test that patches what ops call, and again after it."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
 def x64():
     """Runs one test in float64, for oracles."""
     with jax.enable_x64(True):

@@ -34,7 +34,7 @@ def test_equals_flax_group_norm_with_its_gradients(shape, num_groups):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("num_groups", [1, 3])
-def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch):
+def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch, request):
     """There groups are summed by a product with a matrix."""
     x, dy = (1 + normal(seed, 2, 5, 7, 12, dtype=jnp.float64) for seed in (1, 2))
     scale, bias = (normal(seed, 12, dtype=jnp.float64) for seed in (3, 4))
@@ -47,11 +47,9 @@ def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch):
         calls.append(tpu)
         return tpu(*operands)
 
-    jax.clear_caches()  # What was traced without the patch, and then with it.
-    with monkeypatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", on_tpu)
-        actual = value_and_vjp(lambda *primals: function(*primals), (x, scale, bias), dy)
-    jax.clear_caches()
+    request.getfixturevalue("traced_anew")
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    actual = value_and_vjp(lambda *primals: function(*primals), (x, scale, bias), dy)
     assert calls
     assert tree_relative_error(actual, expected) < 1e-12
 

@@ -23,7 +23,7 @@ KERNEL = "tpu_custom_call"
 
 
 @pytest.fixture
-def kernels_run(monkeypatch):
+def kernels_run(monkeypatch, traced_anew):
     """Lets the kernels run here, as on a TPU; returns the list of those that did."""
     ran = []
 
@@ -34,9 +34,7 @@ def kernels_run(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     for module in (_one_kernel, _channel_norm, _weight_standardization):
         monkeypatch.setattr(module, "in_one_kernel", run_kernel)
-    jax.clear_caches()  # Of what was traced without them, and then with them.
-    yield ran
-    jax.clear_caches()
+    return ran
 
 
 def bcn_and_gradients(affine, x, statistics="estimate", masked=False, **options):
@@ -82,8 +80,9 @@ def test_batch_channel_norm_by_kernels(affine, options, dtype, request):
     ran = request.getfixturevalue("kernels_run")
     actual, actual_others = bcn_and_gradients(affine, x, **options)
     assert len(ran) >= 2
-    # Both orders of arithmetic are within 2e-6 of float64.
-    assert tree_relative_error(actual_others, others) < 4e-6
+    # In bfloat16 both orders of arithmetic are within 2e-6 of float64.
+    bound = {jnp.float32: 2e-6, jnp.bfloat16: 4e-6}[dtype]
+    assert tree_relative_error(actual_others, others) < bound
     assert tree_relative_error(actual, dx) < {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}[dtype]
 
 
@@ -116,7 +115,8 @@ def test_standardize_by_kernels(shape, preset, dtype, request):
     expected, of_kernel = step()
     ran = request.getfixturevalue("kernels_run")
     actual, actual_of_kernel = step()
-    assert len(ran) >= 2
+    both = {_weight_standardization._by_kernel, _weight_standardization._pull_back_by_kernel}
+    assert {kernel.func for kernel in ran} == both
     assert actual.dtype == expected.dtype == dtype
     error = {jnp.float32: 5e-6, jnp.bfloat16: 2**-8}[dtype]
     assert tree_relative_error(actual, expected) < error

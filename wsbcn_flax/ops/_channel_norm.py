@@ -380,12 +380,14 @@ def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals
 
 
 def _pulled_by_kernel(static, wanted, residuals, cotangents):
-    pulled = functools.partial(_pulled_coefficients, *static, groups_in_kernel, wanted)
+    def pulled(*arguments):
+        return only(wanted, _pulled_coefficients(*static, groups_in_kernel, *arguments))
+
     return whole_kernel(pulled, residuals, cotangents)
 
 
 def _pulled_coefficients(
-    map_of_channels, num_groups, epsilon, count, groups, wanted, residuals, cotangents
+    map_of_channels, num_groups, epsilon, count, groups, residuals, cotangents
 ):
     """The transpose of ``_coefficient_tangents``, in closed form.
 
@@ -442,7 +444,7 @@ def _pulled_coefficients(
     count = divisor(moments.weight, count)
     of_total = -slope * (by_std * d + of_mean_d * std) / count / std
     of_along = -jnp.square(slope) * by_std / count / std
-    return only(wanted, (of_total, of_along, of_parameters))
+    return of_total, of_along, of_parameters
 
 
 def groups_of(num_groups: int, features: int) -> Groups:

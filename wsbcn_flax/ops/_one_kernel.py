@@ -45,7 +45,7 @@ def in_one_kernel(function: Callable[..., Any], kernel: Callable[..., Any], *arg
 
 def linear_with_transpose(
     function: Callable[[Any, Any], Any],
-    transpose: Callable[[Wanted, Any, Any], list[jax.Array]],
+    transpose: Callable[[Any, Any], Any],
     residuals: Any,
     linear: Any,
     *,
@@ -55,18 +55,20 @@ def linear_with_transpose(
 
     Args:
         function: Function of two pytrees of arrays.
-        transpose: ``(wanted, residuals, cotangents) -> leaves``, the leaves of the cotangent of
-            ``linear`` that are wanted.
+        transpose: ``(residuals, cotangents) -> cotangent`` of ``linear``.
         residuals: What ``function`` need not be linear in.
         linear: What it is linear in.
-        kernel: The transpose by a Pallas kernel, for TPU.
+        kernel: ``(wanted, residuals, cotangents) -> leaves``, the transpose by a Pallas kernel for
+            TPU, which returns the leaves that are wanted.
     """
     flat, tree = _flatten((residuals, linear))
     traced, out_tree = _trace(function, jax.tree.unflatten(tree, flat))
     residual_tree = jax.tree.structure(residuals)
 
     def transpose_leaves(wanted, residual_leaves, cotangent_leaves):
-        as_written = functools.partial(transpose, wanted)
+        def as_written(residuals, cotangents):
+            return only(wanted, transpose(residuals, cotangents))
+
         arguments = (
             jax.tree.unflatten(residual_tree, residual_leaves),
             jax.tree.unflatten(out_tree, cotangent_leaves),

@@ -89,9 +89,8 @@ def standardize(
             )
     if rule.constants:
         gain, shift = lax.stop_gradient((gain, shift))
-    standardized = functools.partial(
-        _standardized, rule, out_axis, jnp.dtype(dtype or kernel.dtype)
-    )
+    dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
+    standardized = functools.partial(_standardized, rule, out_axis, dtype)
     return with_automatic_axes(standardized, (kernel, gain, shift), like=kernel)
 
 
@@ -100,7 +99,7 @@ def restoring_affine(
 ) -> tuple[jax.Array, jax.Array]:
     """The gain and shift [out] with which ``standardize`` returns the kernel as it is."""
     wide = kernel.astype(statistics_dtype(kernel.dtype))
-    center, inverse, _ = _statistics(rule, _fan_in_axes(kernel.ndim, out_axis % kernel.ndim), wide)
+    center, inverse, _ = _statistics(rule, out_axis % kernel.ndim, wide)
     shift = jnp.zeros_like(inverse) if center is None else center
     return (1 / inverse).astype(kernel.dtype), shift.astype(kernel.dtype)
 
@@ -109,9 +108,9 @@ def restoring_affine(
 def _standardized(rule: StandardizationRule, out_axis: int, dtype, kernel, gain, shift):
     """The standardized kernel times the gain plus the shift, in ``dtype``."""
     wide = statistics_dtype(kernel.dtype)
-    axes = _fan_in_axes(kernel.ndim, out_axis)
+    axes = _fan_in_axes(kernel, out_axis)
     is_last = gain is None and shift is None
-    hat: Any = _standardize(rule, axes, dtype if is_last else wide, kernel.astype(wide))
+    hat: Any = _standardize(rule, out_axis, dtype if is_last else wide, kernel.astype(wide))
     if gain is not None:
         hat = hat * jnp.expand_dims(gain.astype(wide), axes)
     if shift is not None:
@@ -119,60 +118,63 @@ def _standardized(rule: StandardizationRule, out_axis: int, dtype, kernel, gain,
     return hat.astype(dtype)
 
 
-def _fan_in_axes(ndim: int, out_axis: int) -> tuple[int, ...]:
-    return tuple(axis for axis in range(ndim) if axis != out_axis)
+def _fan_in_axes(kernel: jax.Array, out_axis: int) -> tuple[int, ...]:
+    return tuple(axis for axis in range(kernel.ndim) if axis != out_axis)
+
+
+def _fan_in(kernel: jax.Array, out_axis: int) -> int:
+    return math.prod(kernel.shape) // kernel.shape[out_axis]
 
 
 # A rule of its own: autodiff of the formula costs several more passes over the kernel, and would
 # keep the centred kernel beside the kernel.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _standardize(
-    rule: StandardizationRule, axes: tuple[int, ...], dtype: Any, kernel: jax.Array
+    rule: StandardizationRule, out_axis: int, dtype: Any, kernel: jax.Array
 ) -> jax.Array:
-    function = functools.partial(_as_written, rule, axes, dtype)
-    if not _has_kernel(kernel, axes):
+    function = functools.partial(_as_written, rule, out_axis, dtype)
+    if not _has_kernel(kernel, out_axis):
         return function(kernel)
     return in_one_kernel(function, functools.partial(_by_kernel, rule, dtype), kernel)
 
 
 @_standardize.defjvp
-def _standardize_jvp(rule, axes, dtype, primals, tangents):
+def _standardize_jvp(rule, out_axis, dtype, primals, tangents):
     (kernel,), (tangent,) = primals, tangents
-    push_forward = functools.partial(_push_forward, axes)
+    push_forward = functools.partial(_push_forward, out_axis)
     by_kernel = functools.partial(_pull_back_by_kernel, rule)
     pushed = linear_with_transpose(
         push_forward,
-        lambda wanted, *arguments: only(wanted, push_forward(*arguments)),  # It is symmetric.
-        (kernel, *_statistics(rule, axes, kernel)),
+        push_forward,  # It is symmetric.
+        (kernel, *_statistics(rule, out_axis, kernel)),
         tangent,
-        kernel=by_kernel if _has_kernel(kernel, axes) else None,
+        kernel=by_kernel if _has_kernel(kernel, out_axis) else None,
     )
-    return _standardize(rule, axes, dtype, kernel), pushed.astype(dtype)
+    return _standardize(rule, out_axis, dtype, kernel), pushed.astype(dtype)
 
 
-def _as_written(rule, axes, dtype, kernel):
-    center, inverse, _ = _statistics(rule, axes, kernel)
+def _as_written(rule, out_axis, dtype, kernel):
+    center, inverse, _ = _statistics(rule, out_axis, kernel)
+    axes = _fan_in_axes(kernel, out_axis)
     return (_subtract(kernel, center, axes) * jnp.expand_dims(inverse, axes)).astype(dtype)
 
 
-def _push_forward(axes, residuals, tangent):
+def _push_forward(out_axis, residuals, tangent):
     """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel.
 
     Without mean(t) where the rule does not centre. The sum of u t is that of W t less that of
     mean(W) t: XLA for CPU would write u out, which both the sum and the last pass need.
     """
     kernel, center, inverse, curvature = residuals
-    (out_axis,) = set(range(kernel.ndim)) - set(axes)
+    axes = _fan_in_axes(kernel, out_axis)
     at = functools.partial(_at, kernel=kernel, out_axis=out_axis)
     along = jnp.sum(tangent * kernel, axes)
     if center is None:
         return tangent * at(inverse) - kernel * at(curvature * along)
     total = jnp.sum(tangent, axes)
     along = -curvature * (along - center * total)
-    fan_in = math.prod(kernel.shape) // center.size
-    return (
-        tangent * at(inverse) + kernel * at(along) - at(center * along + inverse * total / fan_in)
-    )
+    rest = center * along + inverse * total / _fan_in(kernel, out_axis)
+    return tangent * at(inverse) + kernel * at(along) - at(rest)
 
 
 def _at(values, kernel, out_axis):
@@ -181,10 +183,9 @@ def _at(values, kernel, out_axis):
     return lax.broadcast_in_dim(values, kernel.shape, (out_axis,))
 
 
-def _statistics(rule, axes, kernel):
+def _statistics(rule, out_axis, kernel):
     """The kernel's mean (None where the rule does not centre), r and c, one per output channel."""
-    (out_axis,) = set(range(kernel.ndim)) - set(axes)
-    fan_in = math.prod(kernel.shape) // kernel.shape[out_axis]
+    axes, fan_in = _fan_in_axes(kernel, out_axis), _fan_in(kernel, out_axis)
     if not rule.center:
         return None, *_inverse_denominator(rule, fan_in, jnp.sum(lax.square(kernel), axes))
     # About weights of the kernel's own, nothing cancels whatever the mean is. Two of them, as
@@ -198,11 +199,10 @@ def _statistics(rule, axes, kernel):
 
 # On a TPU each output channel's weights are held at once, so that its variance is taken about its
 # mean, and its weights standardized and rounded, in one pass over memory.
-def _has_kernel(kernel: jax.Array, axes: tuple[int, ...]) -> bool:
+def _has_kernel(kernel: jax.Array, out_axis: int) -> bool:
     """Whether Pallas kernels for TPU can take the sums along the fan-in."""
-    fan_in = math.prod(kernel.shape[axis] for axis in axes)
-    is_last = kernel.ndim - 1 not in axes
-    return is_last and kernel.dtype == jnp.float32 and fan_in <= _LARGEST_FAN_IN
+    fits = out_axis == kernel.ndim - 1 and _fan_in(kernel, out_axis) <= _LARGEST_FAN_IN
+    return fits and kernel.dtype == jnp.float32
 
 
 def _by_kernel(rule, dtype, kernel):

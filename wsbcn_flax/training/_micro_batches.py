@@ -25,8 +25,8 @@ class Evaluated(NamedTuple):
     """Results of one pass over a batch.
 
     Attributes:
-        gradients: Gradients of the loss's total, as sums over micro-batches or means, as the
-            metrics are: those of the mean are to be divided by the weight of the loss.
+        gradients: Gradients of the total of the loss. Divided by ``metrics["loss"].weight`` they
+            are those of its mean.
         batch_stats: Statistics, averaged over micro-batches.
         metrics: ``Mean`` of each metric and of the loss.
     """
