@@ -11,7 +11,7 @@ from oracles import normal, tree_relative_error
 
 from wsbcn_flax.ops import (
     RunningStats,
-    _channel_norm,
+    _normalize_groups,
     _one_kernel,
     _weight_standardization,
     batch_channel_norm,
@@ -32,7 +32,7 @@ def kernels_run(monkeypatch, traced_anew):
         return kernel(*arguments)
 
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    for module in (_one_kernel, _channel_norm, _weight_standardization):
+    for module in (_one_kernel, _normalize_groups, _weight_standardization):
         monkeypatch.setattr(module, "in_one_kernel", run_kernel)
     return ran
 

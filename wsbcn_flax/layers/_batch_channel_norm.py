@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from wsbcn_flax.layers._step_statistics import CALLS, CallSums
 from wsbcn_flax.ops import RunningStats, batch_channel_norm
-from wsbcn_flax.ops._batch_channel_norm import Order, Rate, Statistics, check_options
 from wsbcn_flax.ops._checks import check_activation, check_groups, statistics_dtype
+from wsbcn_flax.ops._options import Order, Rate, Statistics, check_options
 
 Affine = Literal["group", "channel"]
 

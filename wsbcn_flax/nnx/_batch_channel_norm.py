@@ -9,8 +9,8 @@ from flax import nnx
 from wsbcn_flax.layers._batch_channel_norm import Affine
 from wsbcn_flax.layers._step_statistics import CallSums
 from wsbcn_flax.ops import RunningStats, batch_channel_norm
-from wsbcn_flax.ops._batch_channel_norm import Order, Rate, Statistics, check_options
 from wsbcn_flax.ops._checks import check_activation, check_groups, statistics_dtype
+from wsbcn_flax.ops._options import Order, Rate, Statistics, check_options
 
 
 class BatchChannelNorm(nnx.Module):

@@ -2,27 +2,14 @@
 
 import functools
 import math
-import numbers
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from wsbcn_flax.ops._channel_norm import (
-    ChannelMap,
-    MapOfChannels,
-    as_given,
-    groups_of,
-    normalize_groups,
-    row,
-    scale_and_bias,
-    tiled_for_few_samples,
-)
+from wsbcn_flax.ops._channel_norm import row, tiled_for_few_samples
 from wsbcn_flax.ops._checks import (
     check_activation,
     check_channel_part,
@@ -32,11 +19,16 @@ from wsbcn_flax.ops._checks import (
     full_mask,
 )
 from wsbcn_flax.ops._explicit_axes import with_automatic_axes
+from wsbcn_flax.ops._groups import groups_of
 from wsbcn_flax.ops._moments import ChannelMoments, positions, raw_moments, shift_for
-
-Statistics = Literal["batch", "estimate"]
-Order = Literal["update_first", "normalize_first"]
-Rate = float | Callable[[jax.Array], jax.Array | float]
+from wsbcn_flax.ops._normalize_groups import (
+    ChannelMap,
+    MapOfChannels,
+    as_given,
+    normalize_groups,
+    scale_and_bias,
+)
+from wsbcn_flax.ops._options import Order, Rate, Statistics, check_options
 
 
 class RunningStats(NamedTuple):
@@ -321,48 +313,3 @@ def _advance(running, any_valid, mean, var):
         jnp.where(moves, old_var + step * (var - old_var), old_var),
         any_valid.astype(old_mean.dtype),
     )
-
-
-def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:
-    """Raises for an option that batch-channel normalization does not know.
-
-    Raises:
-        TypeError: for a rate, or a value of its schedule, that is not one number.
-        ValueError: for an unknown name, or a number outside its range.
-    """
-    if statistics not in get_args(Statistics):
-        raise ValueError(
-            f"statistics must be one of {get_args(Statistics)}, received {statistics!r}."
-        )
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {get_args(Order)}, received {order!r}.")
-    if not callable(rate):
-        _check_rate(rate, "rate")
-    elif isinstance(rate, Hashable):
-        _check_schedule(rate)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, received {epsilon}.")
-
-
-@functools.lru_cache(maxsize=64)
-def _check_schedule(rate: Callable[[jax.Array], Any]) -> None:
-    """Evaluates a schedule at some counts: what it returns while it is traced has no value."""
-    with jax.ensure_compile_time_eval():
-        for count in (0, 1, 1000, 1_000_000):
-            _check_rate(rate(jnp.float32(count)), f"rate, a schedule, at count {count},")
-
-
-def _check_rate(value: Any, name: str) -> None:
-    is_number = isinstance(value, numbers.Real) or (
-        isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
-    )
-    if not is_number:
-        raise TypeError(
-            f"{name} must be one number from 0 to 1, or a schedule that returns one, received "
-            f"{value!r}."
-        )
-    if not isinstance(value, Tracer) and not 0 <= float(value) <= 1:
-        raise ValueError(
-            f"{name} must be the weight of the new statistics, from 0 to 1, received {value}. "
-            "It is one minus Flax's momentum: 0.1 where that is 0.9."
-        )

@@ -1,0 +1,327 @@
+"""Normalization of groups after a map of every channel: the form all normalizations here take."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays
+from wsbcn_flax.ops._groups import Groups, groups_in_kernel, groups_of
+from wsbcn_flax.ops._moments import (
+    ChannelMoments,
+    RawMoments,
+    at_positions,
+    distance_from,
+    divisor,
+    positions,
+    tangent_sums,
+    tangents_of_moments,
+    without_padding,
+)
+from wsbcn_flax.ops._one_kernel import (
+    fit_at_once,
+    in_one_kernel,
+    linear_with_transpose,
+    only,
+    whole_kernel,
+)
+
+
+class ChannelMap(NamedTuple):
+    """A map y = slope (x - shift + center) + constant of channels, and what follows its groups.
+
+    All are [1 or B, C]; ``scale`` and ``bias`` are the channel part's.
+    """
+
+    center: jax.Array
+    slope: jax.Array
+    constant: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+# (moments, constants, parameters, groups) -> (map, auxiliary results). What it computes, and its
+# derivative with respect to parameters, are part of the kernel on a TPU: it takes and returns
+# matrices, and its only sums are over samples.
+MapOfChannels = Callable[[ChannelMoments, Any, Any, Groups], tuple[ChannelMap, Any]]
+
+
+def scale_and_bias(parameters, like: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+    """The channel part's scale and bias [1, C], from [1, C], [1, num_groups] or None."""
+
+    def of_channels(value, default):
+        if value is None:
+            return jnp.full_like(like, default)
+        value = value.astype(like.dtype)
+        return value if value.shape == like.shape else groups.spread(value)
+
+    scale, bias = parameters
+    return of_channels(scale, 1), of_channels(bias, 0)
+
+
+def normalize_groups(
+    x: jax.Array,
+    moments: RawMoments,
+    map_of_channels: MapOfChannels,
+    constants: Any,
+    parameters: Any,
+    *,
+    num_groups: int,
+    epsilon: float,
+    mask: jax.Array | None,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, Any]:
+    """Channel normalization of y = slope (x - shift + center) + constant, by the moments of x.
+
+    With offset = slope center + constant, the mean and var of x - shift, and
+    d = offset - E[slope mean + offset] over the group,
+
+        std^2 = E[slope^2 var + (slope mean + d)^2] + epsilon
+        out   = (x - shift) slope scale / std + d scale / std + bias
+
+    where E is over the channels of the group: the group's variance is the mean of its channels'
+    variances plus the variance of their means (Chan et al.), which stays accurate however far apart
+    the channels are. All but the last line is arithmetic on arrays [B, C].
+
+    Args:
+        x: [B, ..., C].
+        moments: Moments of x, with the same mask. Their part in the derivative is added to x's.
+        map_of_channels: Computes the map and auxiliary results.
+        constants: Matrices for ``map_of_channels`` that have no gradient.
+        parameters: Matrices for ``map_of_channels`` that have.
+        num_groups: divides C.
+        epsilon: added to the group's variance.
+        mask: as ``moments`` was given; masked positions count as zero.
+        dtype: Output dtype.
+
+    Returns:
+        The output and the auxiliary results, which have no gradient.
+    """
+    of_all_devices: Any = None
+    if devices_that_share_arrays() > 1:
+        groups = groups_of(num_groups, x.shape[-1])
+        channel_map, of_all_devices = map_of_channels(
+            moments.moments(positions(x)), constants, parameters, groups
+        )
+        # As one array, so that their gradients are summed over samples, and devices, as one: XLA
+        # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
+        center, *affine = channel_map
+        affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.total.shape))
+        slope, constant, scale, bias = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
+        map_of_channels, constants = as_given, ()
+        parameters = ChannelMap(center, slope, constant, scale, bias)
+    static = map_of_channels, num_groups, epsilon, jnp.dtype(dtype)
+    y, aux = _normalize(*static, x, mask, moments, constants, parameters)
+    return y, aux if of_all_devices is None else of_all_devices
+
+
+def as_given(moments, constants, parameters, groups):
+    """A map of channels that is known."""
+    return parameters, ()
+
+
+# A rule of its own, linear in the tangents of x and of the parameters: autodiff of the formula
+# leaves arithmetic on [B, C] arrays inside the loop over x. It ignores the tangents of the moments,
+# which it takes from that of x, so that one pass over x serves all.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _normalize(
+    map_of_channels, num_groups, epsilon, dtype, x, mask, moments, constants, parameters
+):
+    static = map_of_channels, num_groups, epsilon, positions(x)
+    shift, slope, offset, aux = _coefficients(*static, moments, constants, parameters)
+    return _apply(x, mask, shift, slope, offset, dtype), aux
+
+
+@_normalize.defjvp
+def _normalize_jvp(map_of_channels, num_groups, epsilon, dtype, primals, tangents):
+    x, mask, *arguments = primals
+    static = map_of_channels, num_groups, epsilon, positions(x)
+    shift, slope, offset, aux = _coefficients(*static, *arguments)
+    y = _apply(x, mask, shift, slope, offset, dtype)
+    # A checkpoint, since autodiff would keep x - shift in float32 beside x.
+    push_forward = jax.checkpoint(functools.partial(_push_forward, *static), prevent_cse=False)
+    pushed = push_forward(*primals, shift, slope, tangents[0], tangents[4])
+    return (y, aux), (pushed.astype(dtype), jax.tree.map(jnp.zeros_like, aux))
+
+
+def _apply(x, mask, shift, slope, offset, dtype):
+    distance = distance_from(shift, x, mask)
+    return (distance * at_positions(slope, x) + at_positions(offset, x)).astype(dtype)
+
+
+def _push_forward(
+    map_of_channels,
+    num_groups,
+    epsilon,
+    count,
+    x,
+    mask,
+    moments,
+    constants,
+    parameters,
+    shift,
+    slope,
+    x_tangent,
+    parameter_tangents,
+):
+    """The tangent of y = (x - shift) slope + offset, both of which depend on x by its moments.
+
+    Its transpose, which reverse mode takes, is one pass that sums the cotangent g and g (x - shift)
+    over positions, arithmetic on [B, C] arrays, and one elementwise pass. In bfloat16 it sums g x,
+    since XLA for GPU would write g (x - shift) out in float32.
+    """
+    distance = distance_from(shift, x, mask)
+    tangent = without_padding(x_tangent.astype(distance.dtype), mask)
+    static = map_of_channels, num_groups, epsilon, count
+    residuals = moments, constants, parameters
+    by_kernel = functools.partial(_pulled_by_kernel, static)
+    slope_tangent, offset_tangent = linear_with_transpose(
+        functools.partial(_coefficient_tangents, *static),
+        functools.partial(_pulled_coefficients, groups_of, *static),
+        residuals,
+        (*tangent_sums(tangent, distance, mask), parameter_tangents),
+        kernel=by_kernel if fit_at_once(residuals) else None,
+    )
+    distance = distance_from(moments.shift, x, mask)
+    changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
+    return tangent * at_positions(slope, x) + changed
+
+
+def _coefficients(map_of_channels, num_groups, epsilon, count, *arguments):
+    """The shift, slope and offset of y as a function of x - shift, and auxiliary results."""
+    evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, count)
+    plain = functools.partial(evaluate, groups_of)
+    run: Callable[..., Any] = plain
+    if fit_at_once(arguments):
+        kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
+        run = functools.partial(in_one_kernel, plain, kernel)
+    found, *coefficients, aux = run(*arguments)
+    given = arguments[0].shift
+    return found if given is None else given, *coefficients, aux
+
+
+def _evaluate(map_of_channels, num_groups, epsilon, count, groups, raw, constants, parameters):
+    moments = raw.moments(count)
+    groups = groups(num_groups, moments.mean.shape[-1])
+    channel_map, aux = map_of_channels(moments, constants, parameters, groups)
+    slope, offset = _map(groups, epsilon, moments.mean, moments.var, channel_map)
+    # A shift that was given is not one more result of a kernel.
+    return moments.shift if raw.shift is None else (), slope, offset, aux
+
+
+def _map(groups, epsilon, mean, var, channel_map):
+    """Slope and offset of y as a function of x - shift, [B, C].
+
+    Every coefficient of x, here and in the derivative, ends in a division by std: XLA for CPU
+    repeats a cheap operation for each element of x, that of group indices included, but no
+    division.
+    """
+    slope, d, _, std = _deviations(groups, epsilon, mean, var, channel_map)
+    scale, bias = channel_map.scale, channel_map.bias
+    return slope * scale / std, (d * scale + bias * std) / std
+
+
+def _deviations(groups, epsilon, mean, var, channel_map):
+    """The slope, d, slope mean + d, and the group's std, all [B, C]."""
+    center, slope, constant = (jnp.broadcast_to(part, mean.shape) for part in channel_map[:3])
+    offset = slope * center + constant
+    # Only differences within a group matter. Where a running mean is far off they are small numbers
+    # beside large ones, which are subtracted first.
+    offset = offset - lax.stop_gradient(offset[:, :1])
+    d = offset - groups.average(slope * mean + offset)
+    centred = slope * mean + d
+    square = jnp.square(slope) * var + jnp.square(centred)
+    return slope, d, centred, jnp.sqrt(groups.average(square) + epsilon)
+
+
+def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals, linear):
+    """The tangents of slope and offset, from two sums over x and those of the parameters.
+
+    They are those of y as a function of x less the shift that was given, zero in bfloat16.
+    """
+    raw, constants, parameters = residuals
+    total, along, parameter_tangents = linear
+    moments, groups = raw.moments(count), groups_of(num_groups, raw.total.shape[-1])
+
+    def evaluate(mean, var, parameters):
+        at = moments._replace(mean=mean, var=var)
+        channel_map, _ = map_of_channels(at, constants, parameters, groups)
+        return _map(groups, epsilon, mean, var, channel_map)
+
+    primals = moments.mean, moments.var, parameters
+    tangents = tangents_of_moments(total, along, moments, count)
+    slope, offset = jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1]
+    if raw.shift is None:
+        offset = offset - moments.shift * slope
+    return slope, offset
+
+
+def _pulled_by_kernel(static, wanted, residuals, cotangents):
+    def pulled(*arguments):
+        return only(wanted, _pulled_coefficients(groups_in_kernel, *static, *arguments))
+
+    return whole_kernel(pulled, residuals, cotangents)
+
+
+def _pulled_coefficients(
+    groups, map_of_channels, num_groups, epsilon, count, residuals, cotangents
+):
+    """The transpose of ``_coefficient_tangents``, in closed form.
+
+    With s, o the cotangents of y's slope and offset, p = E[(s slope + o d) scale / std] and
+    e = E[o scale / std] over the group, and m = slope mean + d, which is zero on average:
+
+        o'     = o scale / std - p m / std^2 - e                       that of the offset
+        slope' = s scale / std - p slope var / std^2 - mean (p m / std^2 + e) + o' center
+
+    Those of the mean and var of x, as of the sums that they are made of, are
+
+        var'   = -p slope^2 / (2 std^2),    mean' = -slope (p m / std^2 + e)
+    """
+    raw, constants, parameters = residuals
+    of_slope, of_offset = cotangents
+    moments = raw.moments(count)
+    if raw.shift is None:
+        of_slope = of_slope - moments.shift * of_offset
+    mean, var = moments.mean, moments.var
+    groups = groups(num_groups, mean.shape[-1])
+    channel_map, pull = jax.vjp(
+        lambda parameters: map_of_channels(moments, constants, parameters, groups)[0], parameters
+    )
+    slope, d, centred, std = _deviations(groups, epsilon, mean, var, channel_map)
+    center, scale = channel_map.center, channel_map.scale
+    # Over std before all else, the bias's too: XLA would sum a cotangent that is the sum of another
+    # array over samples from that array, in one more pass over it.
+    of_slope, of_offset = of_slope / std, of_offset / std
+    of_scale = of_slope * slope + of_offset * d
+    of_d = of_offset * scale
+    of_std, of_mean_d = groups.average(of_scale * scale), groups.average(of_d)
+    by_std = of_std / std
+    of_mean_by_slope = by_std * centred / -std - of_mean_d
+    of_constant = of_d + of_mean_by_slope
+    of_map = ChannelMap(
+        of_constant * slope,
+        of_slope * scale
+        - by_std * slope * var / std
+        + of_mean_by_slope * mean
+        + of_constant * center,
+        of_constant,
+        of_scale,
+        of_offset * std,
+    )
+    (of_parameters,) = pull(
+        jax.tree.map(
+            lambda part, cotangent: (
+                cotangent if part.shape == cotangent.shape else jnp.sum(cotangent, 0, keepdims=True)
+            ),
+            channel_map,
+            of_map,
+        )
+    )
+    count = divisor(moments.weight, count)
+    of_total = -slope * (by_std * d + of_mean_d * std) / count / std
+    of_along = -jnp.square(slope) * by_std / count / std
+    return of_total, of_along, of_parameters
