@@ -1,7 +1,7 @@
 """Weight Standardization and Batch-Channel Normalization for Flax.
 
-The names here are for composing models; ``wsbcn_flax.models``, ``wsbcn_flax.training`` and
-``wsbcn_flax.data`` are imported by name, so that importing the layers costs nothing more.
+This module exports the names for composing models. Import ``wsbcn_flax.models``,
+``wsbcn_flax.training`` and ``wsbcn_flax.data`` by name, so that the layers stay cheap to import.
 """
 
 from wsbcn_flax.layers import BatchChannelNorm, ChannelNorm, WSConv, WSConvTranspose, WSDense

@@ -15,8 +15,8 @@ from wsbcn_flax.ops._options import Order, Rate, Statistics, check_options
 
 Affine = Literal["group", "channel"]
 
-# For the root scope of each `apply` and the path of a layer, the statistics that `apply` received
-# and the sums of the calls since. Flax has no place for what must not leave an `apply`.
+# Maps the root scope of an `apply` and a layer's path to the statistics that `apply` received and
+# the sums of the calls since. Flax has no place for state that must not leave an `apply`.
 _calls_of_an_apply: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -26,43 +26,46 @@ class BatchChannelNorm(nn.Module):
         y   = batch_scale (x - mean) / sqrt(var + epsilon) + batch_bias        per channel
         out = channel_scale (y - E[y]) / sqrt(Var[y] + epsilon) + channel_bias
 
-    with E and Var over the positions and channels of each group of each sample. Algorithm 1 of the
-    paper taken literally is ``order="update_first"``; the default makes the training step the same
-    however the batch is split. See ``wsbcn_flax.batch_channel_norm``, which computes it.
-    Parameters: ``batch_scale`` [C], ``batch_bias`` [C], ``channel_scale`` and ``channel_bias``
-    [num_groups] (or [C] with ``affine="channel"``). Collection ``batch_stats``: ``mean`` [C],
-    ``var`` [C], ``count`` [], which ``apply(..., mutable=["batch_stats"])`` returns updated.
-    Initialization updates nothing.
+    with E and Var over the positions and channels of each group of each sample.
+    ``order="update_first"`` is Algorithm 1 of the paper taken literally. With the default the
+    training step is the same however the batch is split. ``wsbcn_flax.batch_channel_norm`` computes
+    the result. The parameters are ``batch_scale`` [C], ``batch_bias`` [C], ``channel_scale`` and
+    ``channel_bias`` [num_groups] (or [C] with ``affine="channel"``). The collection ``batch_stats``
+    has ``mean`` [C], ``var`` [C] and ``count`` []; ``apply(..., mutable=["batch_stats"])`` returns
+    them updated. Initialization updates nothing.
 
-    A layer that is called several times in one `apply` (a head shared by the levels of a pyramid,
-    two views of an image) normalizes each call by the statistics `apply` received, and all calls
-    are one update: the mean of what each would have made of them. A lifted transform around the
-    layer (`nn.remat`, `nn.scan`) begins an `apply` of its own, unless the layer runs in
-    ``make_train_step``, which adds the calls up itself.
+    A layer may be called several times in one `apply` (a head shared by the levels of a pyramid,
+    two views of an image). Each call normalizes by the statistics that `apply` received, and all
+    calls are one update: the mean of the statistics that each call would have made. A lifted
+    transform around the layer (`nn.remat`, `nn.scan`) begins an `apply` of its own. In
+    ``make_train_step`` this makes no difference, since the step adds the calls up itself.
 
     Attributes:
         num_groups: Number of groups of the channel part, which divides C and leaves each more than
             one value.
-        statistics: "estimate" (running estimates also in training) or "batch".
-        order: "normalize_first" (split-invariant) or "update_first" (Algorithm 1).
+        statistics: Statistics of the batch part, "estimate" (running estimates also in training) or
+            "batch".
+        order: Order of update and normalization, "normalize_first" (split-invariant) or
+            "update_first" (Algorithm 1).
         rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
             their count. It is one minus ``nn.BatchNorm``'s momentum.
-        affine: the channel part's scale and bias per "group" (the authors') or per "channel".
+        affine: Whether the channel part has a scale and bias per "group" (the authors') or per
+            "channel".
         axis_name: Device axes of ``pmap`` or ``shard_map`` to average the batch part's statistics
-            over. The channel part is always that of one device: where positions or channels are
-            split over devices use ``jit`` and shardings, for which this stays None.
-        epsilon: added to both variances.
+            over. The channel part always covers the data on one device. Where positions or channels
+            are split over devices use ``jit`` and shardings, and leave this None.
+        epsilon: Constant added to both variances.
         dtype: Output dtype; defaults to the dtype of ``x``.
         param_dtype: Dtype of the parameters.
-        use_running_average: Whether to evaluate, which updates nothing. Here or in the call.
-        scale_init: initializer of ``channel_scale``, zero for the last of a residual branch.
-        bias_init: initializer of ``channel_bias``.
+        use_running_average: Whether to evaluate, which updates nothing. Set it here or in the call.
+        scale_init: Initializer of ``channel_scale``; zero for the last layer of a residual branch.
+        bias_init: Initializer of ``channel_bias``.
 
     Raises:
         TypeError: If x is not floating-point, ``num_groups`` not a whole number, or the rate not a
             number.
-        ValueError: For an unknown option, groups that do not divide C or hold one value, rank 1, an
-            empty axis, a mask of another shape, missing statistics, or training without
+        ValueError: For an unknown option, or groups that do not divide C or hold one value. For
+            rank 1, an empty axis, a mask of another shape, missing statistics, or training without
             ``mutable=["batch_stats"]``.
 
     References:
@@ -113,9 +116,11 @@ class BatchChannelNorm(nn.Module):
         """Normalizes x [B, ..., C].
 
         Args:
-            x: activations, floating-point.
-            use_running_average: evaluation if true, training if false; here or as an attribute.
-            mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
+            x: Activations, floating-point.
+            use_running_average: Whether to evaluate (true) or to train (false). Set it here or as
+                an attribute.
+            mask: Mask that broadcasts to x with a channel axis of 1; true or 1 where a position
+                counts.
 
         Returns:
             An array of x's shape, in ``dtype``.
@@ -159,10 +164,10 @@ class BatchChannelNorm(nn.Module):
         return y
 
     def _statistics_before(self, running: Iterable[nn.Variable]) -> RunningStats:
-        """The statistics that `apply` received, whatever earlier calls have made of them."""
+        """Returns the statistics that `apply` received, before any updates by earlier calls."""
         stats = RunningStats(*(variable.value for variable in running))
         if self.has_variable("batch_stats", CALLS):
-            return stats  # In a training step these stay as they are.
+            return stats  # In a training step no call changes these.
         return self._calls_of_this_apply().get(self.path, (stats, None))[0]
 
     def _record_call(
@@ -172,7 +177,7 @@ class BatchChannelNorm(nn.Module):
         new: RunningStats,
         mask: jax.Array | None,
     ) -> None:
-        """Adds one call up with the earlier ones, in a training step or in this `apply`."""
+        """Adds this call to the earlier ones of a training step or of this `apply`."""
         if self.has_variable("batch_stats", CALLS):
             calls = self.get_variable("batch_stats", CALLS)
             self.put_variable("batch_stats", CALLS, calls.add(new, mask))

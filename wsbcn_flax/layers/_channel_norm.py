@@ -1,4 +1,4 @@
-"""Channel normalization, which is group normalization, in the place of nn.GroupNorm."""
+"""Channel normalization, which is group normalization, as a replacement for nn.GroupNorm."""
 
 import flax.linen as nn
 import jax
@@ -9,21 +9,21 @@ from wsbcn_flax.ops._checks import check_activation
 
 
 class ChannelNorm(nn.Module):
-    """Channel normalization, for use in the place of ``nn.GroupNorm``.
+    """Channel normalization, a replacement for ``nn.GroupNorm``.
 
         y = scale (x - E[x]) / sqrt(Var[x] + epsilon) + bias
 
     with E and Var over the positions and channels of each group of each sample. It has
-    ``nn.GroupNorm``'s arguments, parameters (``scale`` and ``bias`` [C]) and results, by
-    ``wsbcn_flax.ops.channel_norm``: one reduction pass, one elementwise pass, and derivatives in
-    closed form. Two things differ: the output has the dtype of ``x`` unless ``dtype`` is given,
-    and a mask has a channel axis of 1.
+    ``nn.GroupNorm``'s arguments, parameters (``scale`` and ``bias`` [C]) and results.
+    ``wsbcn_flax.ops.channel_norm`` computes them in one reduction pass and one elementwise pass,
+    with derivatives in closed form. Two things differ. The output has the dtype of ``x`` unless
+    ``dtype`` is given, and a mask has a channel axis of 1.
 
     Attributes:
         num_groups: Number of groups, which divides C and leaves each more than one value; None if
             ``group_size`` is given.
         group_size: Number of channels in a group, in place of ``num_groups``.
-        epsilon: Constant that is added to the variance.
+        epsilon: Constant added to the variance.
         dtype: Output dtype; defaults to the dtype of ``x``.
         param_dtype: Dtype of the parameters.
         use_bias: Whether there is a bias.
@@ -34,7 +34,8 @@ class ChannelNorm(nn.Module):
     Raises:
         TypeError: If x is not floating-point, or ``num_groups`` not a whole number.
         ValueError: Unless exactly one of ``num_groups`` and ``group_size`` is given; for groups
-            that do not divide C or hold one value, rank 1, an empty axis, or another mask's shape.
+            that do not divide C or hold one value, rank 1, an empty axis, or a mask of another
+            shape.
 
     References:
         Wu, He, Group Normalization, https://arxiv.org/abs/1803.08494
@@ -66,7 +67,8 @@ class ChannelNorm(nn.Module):
 
         Args:
             x: Activations, floating-point.
-            mask: Positions that count are true or 1; broadcasts to x with a channel axis of 1.
+            mask: Mask that broadcasts to x with a channel axis of 1; true or 1 where a position
+                counts.
 
         Returns:
             An array of x's shape, in ``dtype``.

@@ -1,10 +1,10 @@
-"""Running statistics of a training step: added up over calls, micro-batches and devices.
+"""Running statistics of a training step, added up over calls, micro-batches and devices.
 
 A step reads the statistics as they stood when it began. ``collecting`` gives every
-``BatchChannelNorm`` a place to add up what its calls would make of them, weighted by how much of
-the activation counts; these sums may be averaged over micro-batches and devices of equal size, as
-gradients are, and ``advance`` makes the new statistics of them. So it does not matter how the
-activations that a layer normalizes in a step are split.
+``BatchChannelNorm`` a place for sums over its calls. Each call adds the statistics that it alone
+would make, weighted by the fraction of positions that count. These sums may be averaged over
+micro-batches and devices of equal size, as gradients are. ``advance`` then turns them into the new
+statistics. So it does not matter how the activations that a layer normalizes in a step are split.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from flax import traverse_util
 
 from wsbcn_flax.ops import RunningStats
 
-CALLS = "calls"  # The name, in the step's batch_stats, of a layer's sums.
+CALLS = "calls"  # Name of a layer's sums in the step's batch_stats.
 
 
 class CallSums(NamedTuple):
     """Sums over the calls of one layer.
 
     Attributes:
-        mean: [C], of the new running means, each times its call's weight.
-        var: [C], of the new running variances, each times its call's weight.
-        weight: [], of the weights: the fraction of each call's positions that a mask lets count.
+        mean: Sum [C] of the new running means, each times its call's weight.
+        var: Sum [C] of the new running variances, each times its call's weight.
+        weight: Sum [] of the weights. A call's weight is the fraction of unmasked positions.
     """
 
     mean: jax.Array
@@ -34,11 +34,11 @@ class CallSums(NamedTuple):
 
     @classmethod
     def zero(cls, stats: RunningStats) -> "CallSums":
-        """The sums before the first call."""
+        """Returns the sums before the first call."""
         return cls(*map(jnp.zeros_like, stats))
 
     def add(self, new: RunningStats, mask: jax.Array | None) -> "CallSums":
-        """The sums after a call which, alone, would have made the statistics ``new``."""
+        """Returns the sums after a call that alone would have made the statistics ``new``."""
         dtype = self.weight.dtype
         weight = jnp.ones((), dtype) if mask is None else jnp.mean(mask, dtype=dtype)
         return CallSums(
@@ -46,7 +46,7 @@ class CallSums(NamedTuple):
         )
 
     def statistics(self, before: RunningStats) -> RunningStats:
-        """The statistics after all calls, which together are one update."""
+        """Returns the statistics after all calls, which together are one update."""
         any_valid = self.weight > 0
         # Layers stacked by nn.vmap or nn.scan have a weight each.
         weight = jnp.where(any_valid, self.weight, 1)
@@ -60,7 +60,7 @@ class CallSums(NamedTuple):
 
 
 def collecting(batch_stats: Any) -> Any:
-    """The batch_stats with zero sums beside the statistics of every ``BatchChannelNorm``."""
+    """Returns the batch_stats with zero sums beside every ``BatchChannelNorm``'s statistics."""
     leaves = _flatten(batch_stats)
     for layer in _layers(leaves):
         leaves[*layer, CALLS] = CallSums.zero(_statistics(leaves, layer))
@@ -68,14 +68,14 @@ def collecting(batch_stats: Any) -> Any:
 
 
 def collected(given: Any, batch_stats: Any) -> Any:
-    """Selects what to average of the batch_stats that a loss function returned.
+    """Selects the part of a loss function's batch_stats that is to be averaged.
 
-    The sums alone where a layer added to them. A module of somebody else's that keeps a mean, a
-    var and a count as well, and knows nothing of sums, has its statistics averaged.
+    For a layer that added to its sums, this is the sums alone. For a third-party module that keeps
+    a mean, a var and a count but does not use the sums, it is the statistics.
 
     Args:
         given: Result of ``collecting``, which the loss function received.
-        batch_stats: Collection that it returned.
+        batch_stats: Collection that the loss function returned.
     """
     old, leaves = _flatten(given), _flatten(batch_stats)
     for layer in _layers(leaves):
@@ -90,7 +90,7 @@ def collected(given: Any, batch_stats: Any) -> Any:
 
 
 def advance(before: Any, sums: Any) -> Any:
-    """The batch_stats after the step, from those before it and what was ``collected`` in it."""
+    """Returns the batch_stats after the step, from those before it and the ``collected`` ones."""
     old, new = _flatten(before), _flatten(sums)
     for path in [path for path in new if path[-1] == CALLS]:
         layer = path[:-1]
@@ -104,7 +104,7 @@ def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _layers(leaves: Mapping[tuple[str, ...], Any]) -> list[tuple[str, ...]]:
-    """The paths under which there are a mean, a var and a count."""
+    """Returns the paths under which there are a mean, a var and a count."""
     paths = [path[:-1] for path in leaves if path[-1:] == ("count",)]
     return [path for path in paths if all((*path, name) in leaves for name in RunningStats._fields)]
 

@@ -11,10 +11,10 @@ from wsbcn_flax.ops._rules import resolve_rule
 
 
 class _StandardizedKernel(nn.Module):
-    """Standardizes the parameter named ``kernel`` on its way from the module to its computation.
+    """Base class that standardizes the parameter ``kernel`` before its layer computes with it.
 
     The stored parameter stays raw, so that the parameter tree is the plain layer's. Rules with a
-    learnable gain add ``gain`` [features], rules with constants ``constant_gain`` and
+    learnable gain add ``gain`` [features]; rules with constants add ``constant_gain`` and
     ``constant_shift``.
     """
 
@@ -23,7 +23,7 @@ class _StandardizedKernel(nn.Module):
         return -1
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Flax's ``Module.param``; the kernel comes back standardized."""
+        """Returns what Flax's ``Module.param`` does, with the kernel standardized."""
         value = super().param(name, *args, **kwargs)
         if name != "kernel":
             return value
@@ -52,19 +52,19 @@ class WSConv(_StandardizedKernel, nn.Conv):
     """``nn.Conv`` with Weight Standardization: same arguments, same parameters, 1-D to 3-D.
 
     The kernel [*kernel_size, in / groups, features] is standardized for each output channel over
-    its other axes, in float32 or wider, before it is cast to ``dtype`` (and before ``mask`` is
-    applied): see ``wsbcn_flax.standardize`` for the formula. Meant for convolutions that a
-    normalization follows; leave the classifier head plain.
+    its other axes. This happens in float32 or wider, before the kernel is cast to ``dtype`` and
+    before ``mask`` is applied. See ``wsbcn_flax.standardize`` for the formula. The layer is meant
+    for convolutions that a normalization follows; leave the classifier head plain.
 
     Attributes:
-        preset: the convention, "bcn" (default), "official", "official_tf", "bit", "timm", "nfnet",
-            "wn", "cwn" or "aws", or a ``StandardizationRule``. "nfnet", "wn" and "cwn", having a
-            learnable gain, add a parameter ``gain`` [features]; "aws" adds two that stay as they
-            are, ``constant_gain`` and ``constant_shift``.
+        preset: Convention, "bcn" (default), "official", "official_tf", "bit", "timm", "nfnet",
+            "wn", "cwn" or "aws", or a ``StandardizationRule``. "nfnet", "wn" and "cwn" have a
+            learnable gain and add a parameter ``gain`` [features]. "aws" adds two parameters that
+            are not trained, ``constant_gain`` and ``constant_shift``.
 
     Raises:
-        TypeError: for inputs that are not floating-point.
-        ValueError: for an unknown preset, or a fan-in of one.
+        TypeError: For inputs that are not floating-point.
+        ValueError: For an unknown preset, or a fan-in of one.
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -88,11 +88,11 @@ class WSConvTranspose(_StandardizedKernel, nn.ConvTranspose):
     Output channels are the kernel's last axis, or its second to last with ``transpose_kernel``.
 
     Attributes:
-        preset: the convention, as in ``WSConv``.
+        preset: Convention, as in ``WSConv``.
 
     Raises:
-        TypeError: for inputs that are not floating-point.
-        ValueError: for an unknown preset, or a fan-in of one.
+        TypeError: For inputs that are not floating-point.
+        ValueError: For an unknown preset, or a fan-in of one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -113,15 +113,15 @@ class WSConvTranspose(_StandardizedKernel, nn.ConvTranspose):
 class WSDense(_StandardizedKernel, nn.Dense):
     """``nn.Dense`` with Weight Standardization: same arguments, same parameters.
 
-    For dense layers that a normalization follows, inside a network; on the classifier head it
-    makes losses explode.
+    Use it inside a network, where a normalization follows. On the classifier head it makes losses
+    explode.
 
     Attributes:
-        preset: the convention, as in ``WSConv``.
+        preset: Convention, as in ``WSConv``.
 
     Raises:
-        TypeError: for inputs that are not floating-point.
-        ValueError: for an unknown preset, or a fan-in of one.
+        TypeError: For inputs that are not floating-point.
+        ValueError: For an unknown preset, or a fan-in of one.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The layers for Flax NNX, over the same operations, and NNX models in the training step."""
+"""Layers for Flax NNX over the same operations, and an adapter to train NNX models."""
 
 from wsbcn_flax.nnx._batch_channel_norm import BatchChannelNorm
 from wsbcn_flax.nnx._functional import Functional

@@ -19,43 +19,46 @@ class BatchChannelNorm(nnx.Module):
         y   = batch_scale (x - mean) / sqrt(var + epsilon) + batch_bias        per channel
         out = channel_scale (y - E[y]) / sqrt(Var[y] + epsilon) + channel_bias
 
-    with E and Var over the positions and channels of each group of each sample: see
-    ``wsbcn_flax.batch_channel_norm``, which computes it. Called like ``nnx.BatchNorm``, whose
-    number of random numbers it draws. State: the ``nnx.Param`` ``batch_scale`` [C], ``batch_bias``
-    [C], ``channel_scale`` and ``channel_bias`` [num_groups] (or [C] with ``affine="channel"``); the
-    ``nnx.BatchStat`` ``mean`` [C], ``var`` [C] and ``count`` [].
+    with E and Var over the positions and channels of each group of each sample.
+    ``wsbcn_flax.batch_channel_norm`` computes the result. The module is called like
+    ``nnx.BatchNorm`` and draws as many random numbers. Its ``nnx.Param`` are ``batch_scale`` [C],
+    ``batch_bias`` [C], ``channel_scale`` and ``channel_bias`` [num_groups] (or [C] with
+    ``affine="channel"``). Its ``nnx.BatchStat`` are ``mean`` [C], ``var`` [C] and ``count`` [].
 
     Each call in training updates the statistics. Where ``Functional`` runs the model, in a training
-    step for instance, all calls read the same statistics and are one update together.
+    step for instance, all calls read the same statistics and together are one update.
 
     Args:
         num_features: Number of channels C.
         num_groups: Number of groups of the channel part, which divides C and leaves each more than
             one value.
-        statistics: "estimate" (running estimates also in training) or "batch".
-        order: "normalize_first" (split-invariant) or "update_first" (Algorithm 1).
+        statistics: Statistics of the batch part, "estimate" (running estimates also in training) or
+            "batch".
+        order: Order of update and normalization, "normalize_first" (split-invariant) or
+            "update_first" (Algorithm 1).
         rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
-            their count. It is one minus ``nnx.BatchNorm``'s momentum. Modules with the same
-            schedule share compiled programs, so make it once.
+            their count. It is one minus ``nnx.BatchNorm``'s momentum. Create a schedule only once:
+            modules with the same schedule share compiled programs.
         affine: Whether the channel part has a scale and bias per "group" (the authors') or per
             "channel".
         use_running_average: Whether to evaluate, which updates nothing. ``train()``, ``eval()`` and
-            ``nnx.view`` set it, and a call's argument comes before it.
+            ``nnx.view`` set it, and the argument of a call overrides it.
         epsilon: Constant added to both variances.
         dtype: Output dtype; defaults to the dtype of the input.
         param_dtype: Dtype of the parameters; statistics are float32 or wider.
-        axis_name: Mapped axes to average the batch part's statistics over, such as that of
+        axis_name: Mapped axes to average the batch part's statistics over, such as the axis of
             ``nnx.vmap`` or ``nnx.pmap`` with shared statistics.
-        scale_init: Initializer of ``channel_scale``, zero for the last of a residual branch.
+        scale_init: Initializer of ``channel_scale``; zero for the last layer of a residual branch.
         bias_init: Initializer of ``channel_bias``.
         rngs: Random streams.
 
     Raises:
         TypeError: If the input is not floating-point, ``num_groups`` not a whole number, or the
             rate not a number.
-        ValueError: For an unknown option, groups that do not divide C or hold one value, rank 1, an
-            empty axis, a mask of another shape, or a missing mode. When called under ``nnx.vmap``
-            in training, for statistics that are shared over the mapped axis without ``axis_name``.
+        ValueError: For an unknown option, or groups that do not divide C or hold one value. For
+            rank 1, an empty axis, a mask of another shape, or ``use_running_average`` of None. In
+            training under ``nnx.vmap``, for statistics shared over the mapped axis without
+            ``axis_name``.
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -132,9 +135,10 @@ class BatchChannelNorm(nnx.Module):
 
         Args:
             x: Activations, floating-point.
-            use_running_average: Evaluation if true, training if false; the attribute if None.
-            mask: Array that broadcasts to x with a channel axis of 1; positions that count are
-                true or 1.
+            use_running_average: Whether to evaluate (true) or to train (false); None takes the
+                attribute.
+            mask: Mask that broadcasts to x with a channel axis of 1; true or 1 where a position
+                counts.
 
         Returns:
             An array of x's shape, in ``dtype``.
@@ -176,18 +180,18 @@ class BatchChannelNorm(nnx.Module):
             self.use_running_average = use_running_average
 
     def _record_call(self, before: RunningStats, new: RunningStats, mask: jax.Array | None) -> None:
-        """Updates the statistics, or adds this call up with the others of a step."""
+        """Updates the statistics, or adds this call to the others of a step."""
         if self.calls is not None:
             self.calls.set_value(self.calls.get_value().add(new, mask))
             return
-        # JAX cannot transpose a custom rule of vmap; statistics have no gradient anyway.
+        # JAX cannot transpose a custom vmap rule; statistics have no gradient anyway.
         statistics = _instead_of(*jax.lax.stop_gradient((before, new)))
         self.mean[...], self.var[...], self.count[...] = statistics
 
 
 @jax.custom_batching.custom_vmap
 def _instead_of(before: RunningStats, new: RunningStats) -> RunningStats:
-    """The new statistics; refuses to map them where those that they replace are shared."""
+    """Returns the new statistics; raises under vmap where ``before`` is shared."""
     return new
 
 

@@ -17,18 +17,19 @@ _CONSTANT = nnx.Not(nnx.Any(nnx.Param, nnx.BatchStat, nnx.RngState))
 
 @dataclasses.dataclass(frozen=True)
 class Functional:
-    """A pair of pure functions, ``init`` and ``apply``, made of an NNX model.
+    """A pair of pure functions, ``init`` and ``apply``, made from an NNX model.
 
-    It stands where ``wsbcn_flax.tasks`` take a Linen module. Parameters and statistics are the
+    It takes the place of a Linen module in ``wsbcn_flax.tasks``. Parameters and statistics are the
     nested dictionaries of ``to_variables``, so that transforms, optimizers, partitions and
-    checkpoints treat them as Linen's; ``load_variables`` puts them back into an NNX model.
-    ``model.train()`` or ``model.eval()`` is called for each ``apply``.
+    checkpoints treat them as Linen's. ``load_variables`` puts them back into an NNX model. Each
+    ``apply`` calls ``model.train()`` or ``model.eval()``.
 
-    Random streams, as dropout's, start from the key that ``apply`` receives. Other arrays, such as
-    masks and tables, are constants: those of the model that ``make`` builds from key 0.
+    Random streams, such as dropout's, start from the key that ``apply`` receives. Other arrays,
+    such as masks and tables, are constants, taken from the model that ``make`` builds from key 0.
 
     Attributes:
-        make: Function ``make(rngs=...)`` that returns the model, which is called with inputs alone.
+        make: Function ``make(rngs=...)`` that returns the model. The model is called with inputs
+            only.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp, optax
@@ -49,7 +50,7 @@ class Functional:
     make: Callable[..., Any]
 
     def init(self, key: jax.Array, *inputs: Any, train: bool = False) -> dict[str, Any]:
-        """Returns the variables of a new model; an NNX model needs no inputs for that."""
+        """Returns the variables of a new model; an NNX model needs no inputs for this."""
         return to_variables(self.make(rngs=nnx.Rngs(key)))
 
     def apply(
@@ -60,16 +61,17 @@ class Functional:
         mutable: Collection[str] = (),
         rngs: Mapping[str, jax.Array] | None = None,
     ) -> Any:
-        """Calls the model with ``inputs``, and with ``mutable`` returns the new statistics too.
+        """Calls the model with ``inputs``; with ``mutable``, also returns the new statistics.
 
         All calls of a ``BatchChannelNorm`` in one ``apply`` are one update of its statistics.
 
         Args:
             variables: ``{"params": ..., "batch_stats": ...}`` as ``init`` returns them.
             *inputs: Inputs of the model.
-            train: Mode of the model.
-            mutable: ``["batch_stats"]`` for training a model that has statistics.
-            rngs: Keys of random streams by name; "dropout" is that of all others.
+            train: Whether the model is in training mode, else in evaluation mode.
+            mutable: Collections to return, ``["batch_stats"]`` for training a model that has
+                statistics.
+            rngs: Keys of random streams by name. Only "dropout" is used, for all streams.
 
         Returns:
             The model's output, or with ``mutable`` the output and ``{"batch_stats": ...}``.
@@ -100,7 +102,7 @@ class Functional:
             return outputs
         if not stats:
             return outputs, {}
-        # The sums of layers that do not know of them come back as they were given.
+        # The sums of layers that do not use them come back as they were given.
         returned = _flatten(to_variables(model)["batch_stats"])
         returned = _unflatten(returned | {(*path, CALLS): rest for path, rest in sums.items()})
         if not in_step:
@@ -110,7 +112,7 @@ class Functional:
     def _model(
         self, variables: Mapping[str, Any], train: bool, rngs: Mapping[str, jax.Array] | None
     ) -> Any:
-        """A new model with these variables, in this mode."""
+        """Returns a new model with these variables, in this mode."""
         graphdef, shapes = self._structure
         model: Any = nnx.merge(graphdef, shapes, copy=True)
         load_variables(model, variables)
@@ -128,10 +130,10 @@ class Functional:
 
     @functools.cached_property
     def _structure(self) -> tuple[Any, Any]:
-        """The graph of the model, and the shapes of its state."""
+        """Returns the graph of the model, and the shapes of its state."""
         return nnx.split(nnx.eval_shape(lambda: self.make(rngs=nnx.Rngs(0))))
 
-    # Compiled, the rest of the model that they make is dropped.
+    # These two are compiled, which drops the rest of the model that they make.
     @functools.cached_property
     def _streams(self) -> Callable[[jax.Array], Any]:
         return jax.jit(lambda key: nnx.state(self.make(rngs=nnx.Rngs(key)), nnx.RngState))
@@ -142,7 +144,7 @@ class Functional:
 
 
 def _constants_of(model: Any) -> dict[tuple[Any, ...], Any]:
-    """The arrays of a model that are neither trained nor statistics nor random."""
+    """Returns the arrays of a model that are not parameters, statistics or random state."""
     state = nnx.to_flat_state(nnx.state(model, _CONSTANT))
     return {path: v.get_raw_value() if isinstance(v, nnx.Variable) else v for path, v in state}
 

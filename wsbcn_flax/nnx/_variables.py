@@ -6,21 +6,21 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-# Collections of Linen, and the kinds of NNX's variables that belong in them.
+# Collections of Linen, and the kinds of NNX variables that belong in them.
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 Path = tuple[str, ...]
 
 
 def to_variables(model: nnx.Module) -> dict[str, Any]:
-    """Returns the parameters and statistics of a model as Linen has them.
+    """Returns the parameters and statistics of a model as Linen's variables.
 
-    Paths are those of the attributes, numbers in lists as strings. For ``wsbcn_flax.nnx.models``
-    they are exactly the variables of the model of that name in ``wsbcn_flax.models``, so that
-    transforms, optimizers and checkpoints serve both.
+    Paths are those of the attributes, with numbers in lists as strings. For
+    ``wsbcn_flax.nnx.models`` the result is exactly the variables of the model of the same name in
+    ``wsbcn_flax.models``. So transforms, optimizers and checkpoints serve both.
 
     Args:
-        model: Model, or the shapes of one as ``nnx.eval_shape`` gives it.
+        model: Model, or its shapes as returned by ``nnx.eval_shape``.
 
     Returns:
         ``{"params": ..., "batch_stats": ...}``, without batch_stats where there are none.
@@ -46,17 +46,17 @@ def to_variables(model: nnx.Module) -> dict[str, Any]:
 def load_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     """Replaces the parameters and statistics of a model by variables of its Linen twin, in place.
 
-    The inverse of ``to_variables``: what was trained in Linen, or by ``make_train_step``, runs in
-    NNX. Arrays keep their dtypes.
+    This is the inverse of ``to_variables``: a model trained in Linen, or by ``make_train_step``,
+    runs in NNX. Arrays keep their dtypes.
 
     Args:
         model: Model to change.
-        variables: ``{"params": ..., "batch_stats": ...}``; a collection that is left out stays as
-            it is.
+        variables: Variables ``{"params": ..., "batch_stats": ...}``. A collection that is left out
+            stays as it is.
 
     Raises:
         ValueError: For variables that the model does not have, that are missing, or of another
-            shape; then nothing has changed.
+            shape. In this case the model has not changed.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -93,6 +93,6 @@ def load_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
 
 
 def variables_of(model: nnx.Module, kind: Any) -> dict[Path, Any]:
-    """The NNX variables of one kind by their paths, of which every part is a string."""
+    """Returns the NNX variables of one kind by their paths, whose parts are all strings."""
     state = nnx.to_flat_state(nnx.state(model, kind))
     return {tuple(map(str, path)): variable for path, variable in state}

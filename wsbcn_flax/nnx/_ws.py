@@ -11,11 +11,11 @@ from wsbcn_flax.ops._rules import resolve_rule
 
 
 class _StandardizedKernel(nnx.Module):
-    """Standardizes the kernel on its way from the module to its computation.
+    """Base class that standardizes the kernel before its layer computes with it.
 
     The stored parameter stays raw, so that the state is the plain layer's. Rules with a learnable
-    gain add ``gain`` [out_features], rules with constants ``constant_gain`` and
-    ``constant_shift``; these draw no random numbers.
+    gain add ``gain`` [out_features]; rules with constants add ``constant_gain`` and
+    ``constant_shift``. These parameters draw no random numbers.
     """
 
     def __init__(self, *args: Any, preset: str | StandardizationRule = "bcn", **kwargs: Any):
@@ -47,7 +47,7 @@ class _StandardizedKernel(nnx.Module):
         kernel = standardize(
             layer.kernel[...], preset=self.preset, out_axis=self._out_axis, **affine
         )
-        # A twin that holds the standardized kernel, so that mask and dtype come after it.
+        # A twin holds the standardized kernel, so that mask and dtype apply after standardization.
         twin = object.__new__(type(self))
         vars(twin).update(vars(self), kernel=kernel)
         plain: Any = super(_StandardizedKernel, twin)
@@ -58,16 +58,17 @@ class WSConv(_StandardizedKernel, nnx.Conv):
     """``nnx.Conv`` with Weight Standardization: same arguments, same state, 1-D to 3-D.
 
     The kernel [*kernel_size, in / groups, out] is standardized for each output channel over its
-    other axes, in float32 or wider, before ``mask`` and ``dtype`` are applied: see
-    ``wsbcn_flax.standardize`` for the formula. Meant for convolutions that a normalization follows;
-    leave the classifier head plain. It draws the random numbers that ``nnx.Conv`` draws.
+    other axes. This happens in float32 or wider, before ``mask`` and ``dtype`` are applied. See
+    ``wsbcn_flax.standardize`` for the formula. The layer is meant for convolutions that a
+    normalization follows; leave the classifier head plain. It draws the same random numbers as
+    ``nnx.Conv``.
 
     Args:
         *args: Arguments of ``nnx.Conv``.
         preset: Convention, "bcn" (default), "official", "official_tf", "bit", "timm", "nfnet",
-            "wn", "cwn" or "aws", or a ``StandardizationRule``. "nfnet", "wn" and "cwn", having a
-            learnable gain, add a parameter ``gain`` [out_features]; "aws" adds two that stay as
-            they are, ``constant_gain`` and ``constant_shift``.
+            "wn", "cwn" or "aws", or a ``StandardizationRule``. "nfnet", "wn" and "cwn" have a
+            learnable gain and add a parameter ``gain`` [out_features]. "aws" adds two parameters
+            that are not trained, ``constant_gain`` and ``constant_shift``.
         **kwargs: Keyword arguments of ``nnx.Conv``.
 
     Raises:
@@ -119,8 +120,8 @@ class WSConvTranspose(_StandardizedKernel, nnx.ConvTranspose):
 class WSLinear(_StandardizedKernel, nnx.Linear):
     """``nnx.Linear`` with Weight Standardization: same arguments, same state.
 
-    For linear layers that a normalization follows, inside a network; on the classifier head it
-    makes losses explode.
+    Use it inside a network, where a normalization follows. On the classifier head it makes losses
+    explode.
 
     Args:
         *args: Arguments of ``nnx.Linear``.

@@ -1,4 +1,4 @@
-"""Batch-Channel Normalization in the moments form: one reduction pass, one elementwise pass."""
+"""Batch-Channel Normalization from moments: one reduction pass and one elementwise pass."""
 
 import functools
 import math
@@ -35,9 +35,9 @@ class RunningStats(NamedTuple):
     """Running statistics of each channel, which training estimates.
 
     Attributes:
-        mean: [C], the running mean.
-        var: [C], the running biased variance.
-        count: [], the number of updates, in floating point so that states can be averaged.
+        mean: Running mean [C].
+        var: Running biased variance [C].
+        count: Number of updates [], in floating point so that states can be averaged.
     """
 
     mean: jax.Array
@@ -46,7 +46,7 @@ class RunningStats(NamedTuple):
 
     @classmethod
     def fresh(cls, features: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "RunningStats":
-        """Mean 0, variance 1, count 0."""
+        """Returns statistics with mean 0, variance 1 and count 0."""
         return cls(jnp.zeros(features, dtype), jnp.ones(features, dtype), jnp.zeros((), dtype))
 
 
@@ -68,52 +68,55 @@ def batch_channel_norm(
     mask: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, RunningStats]:
-    """Batch-Channel Normalization: a normalization per channel, then one per sample and group.
+    """Normalizes each channel, then each group of each sample: Batch-Channel Normalization.
 
         y   = batch_scale (x - mean) / sqrt(var + epsilon) + batch_bias        per channel
         out = channel_scale (y - E[y]) / sqrt(Var[y] + epsilon) + channel_bias
 
     with E and Var over the positions and channels of each of ``num_groups`` groups of each sample.
-    Algorithm 1 of the paper taken literally is ``order="update_first"``; the default makes the step
-    the same however the batch is split. The mean and variance of the first part are
+    ``order="update_first"`` is Algorithm 1 of the paper taken literally. With the default the step
+    is the same however the batch is split. The mean and variance of the first part are
 
     * ``statistics="batch"``: those of this batch; gradients flow through them.
-    * ``statistics="estimate"``: the running estimates, constants to the gradient. With
+    * ``statistics="estimate"``: the running estimates, through which no gradient flows. With
       mu = E[x] and v = E[(x - running.mean)^2] over the batch, ``mean += rate (mu - mean)`` and
       ``var += rate (v - var)``, before normalizing (``order="update_first"``) or after
-      (``"normalize_first"``). In the latter order a sample's
-      output depends on nothing but itself and ``running``, and the returned statistics are averages
-      over samples: the step is the same however the batch is split.
+      (``"normalize_first"``). In the latter order a sample's output depends only on the sample and
+      ``running``, and the returned statistics are averages over samples. So the step is the same
+      however the batch is split.
 
-    All statistics are float32 or wider and the running variance is biased, as Flax's is. A channel
+    All statistics are float32 or wider. The running variance is biased, as Flax's is. A channel
     whose moments are not finite (the square of 3e19 overflows float32) leaves its running
-    statistics as they are; the output shows it. Derivatives are a closed form, in reverse and
-    forward mode and of any order.
+    statistics unchanged, but its output shows the overflow. Derivatives are a closed form, in
+    reverse and forward mode and of any order.
 
-    Two things that are not arguments change the rounding, but not the result: the mesh in use,
-    ``jax.sharding.get_abstract_mesh()``, over whose automatic axes ``jit`` spreads x, and the
-    platform that the program is compiled for. On TPU a barrier precedes few samples; in bfloat16 on
-    one device moments are taken about the running mean, elsewhere about a value of the data.
+    Two things that are not arguments change the rounding, but not the result. One is the current
+    mesh, ``jax.sharding.get_abstract_mesh()``, over whose automatic axes ``jit`` spreads x. The
+    other is the platform that the program is compiled for: on TPU a barrier precedes x where a
+    device holds few samples.
 
     Args:
-        x: [B, ..., C], floating-point, of any rank from 2.
-        running: the running mean and variance, [C] each.
+        x: Activations [B, ..., C], floating-point, of any rank from 2.
+        running: Running mean and variance [C] each, and their count.
         num_groups: Number of groups, which divides C and leaves each more than one value.
-        batch_scale: [C], or None for one.
-        batch_bias: [C], or None for zero.
-        channel_scale: [C] or, as the authors have it, [num_groups]; None for one.
-        channel_bias: [C] or [num_groups]; None for zero.
-        statistics: "estimate" or "batch", see above.
-        order: "normalize_first" or "update_first"; only "estimate" looks at it.
+        batch_scale: Scale of the batch part [C]; None for one.
+        batch_bias: Bias of the batch part [C]; None for zero.
+        channel_scale: Scale of the channel part, [C] or, as the authors have it, [num_groups]; None
+            for one.
+        channel_bias: Bias of the channel part, [C] or [num_groups]; None for zero.
+        statistics: Statistics of the batch part, "estimate" or "batch" (see above).
+        order: Order of update and normalization, "normalize_first" or "update_first"; matters only
+            for "estimate".
         rate: Step size of the running statistics, from 0 to 1, or a schedule that returns it for
             ``running.count``.
-        use_running_average: evaluation: normalizes by ``running`` and returns it unchanged.
+        use_running_average: Whether to evaluate: normalize by ``running`` and return it unchanged.
         axis_name: Device axes of ``pmap`` or ``shard_map`` to average the batch part's statistics
-            over. The channel part is always that of the positions and channels on one device: to
-            split these over devices use ``jit`` and shardings, which give the unsplit result.
-        epsilon: added to both variances.
-        mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
-            Statistics weigh every sample by its count; without any, nothing is updated.
+            over. The channel part always covers the positions and channels on one device. To split
+            these over devices use ``jit`` and shardings, which give the unsplit result.
+        epsilon: Constant added to both variances.
+        mask: Mask that broadcasts to x with a channel axis of 1; true or 1 where a position counts.
+            Statistics weigh every sample by its number of such positions. If the batch has none,
+            nothing is updated.
         dtype: Output dtype; defaults to the dtype of ``x``.
 
     Returns:
@@ -122,11 +125,11 @@ def batch_channel_norm(
     Raises:
         TypeError: If x is not floating-point, ``num_groups`` not a whole number, or the rate not a
             number.
-        ValueError: For an unknown option, groups that do not divide C or hold one value, rank 1, an
-            empty axis, a rate outside [0, 1], or arrays and masks of another shape.
+        ValueError: For an unknown option, a rate outside [0, 1], or groups that do not divide C or
+            hold one value. For rank 1, an empty axis, or arrays and masks of another shape.
 
     Warns:
-        UserWarning: If batch statistics are those of a single value, which is its own mean.
+        UserWarning: If batch statistics come from one value per channel, which equals its mean.
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -208,7 +211,7 @@ def _batch_channel_norm(
     map_of_channels: MapOfChannels = functools.partial(_map_of_channels, *options)
     new: Any = None
     if statistics == "batch" or axis_name is not None:
-        # Statistics that have gradients, or that devices average, are not for a kernel.
+        # Statistics that have gradients, or that devices average, are computed outside a kernel.
         groups = groups_of(num_groups, x.shape[-1])
         known = moments.moments(positions(x))
         parameters, new = map_of_channels(known, constants, parameters, groups)
@@ -232,10 +235,8 @@ def _batch_channel_norm(
 
 
 def _map_of_channels(statistics, order, axis_name, epsilon, moments, step, parameters, groups):
-    """The batch part as a map of channels, with new statistics: mean, var and whether any counts.
-
-    All arrays are matrices, [1 or B, C].
-    """
+    """Returns the batch part as a map of channels, and the new mean, var and validity flag."""
+    # All arrays are matrices, [1 or B, C].
     computed = moments.mean.dtype
     mean, var, batch_scale, batch_bias, *channel_part = parameters
     running = mean, var, step
@@ -255,19 +256,16 @@ def _map_of_channels(statistics, order, axis_name, epsilon, moments, step, param
 
 
 def _updated_estimates(moments, running, axis_name):
-    """Algorithm 1's estimates: both moments about the old mean, so that they are averages."""
+    """Updates Algorithm 1's estimates: moments about the old mean are averages over samples."""
     old = running[0].astype(moments.mean.dtype)
     distance, square, any_valid = _average_about(old, moments, axis_name)
     return _advance(running, any_valid, old + distance, square)
 
 
 def _batch_statistics(moments, running, axis_name):
-    """This batch's own mean and variance, with gradients, and the running statistics after it.
-
-    Returns the shift less the mean, [B, C], the variance, [1, C], and the running statistics. The
-    mean is taken twice, the second time about the first: the one rounded at its full size is too
-    coarse for a channel that hardly varies.
-    """
+    """Returns shift - mean [B, C] and var [1, C] of this batch, and the new running statistics."""
+    # The mean and variance have gradients. The mean is taken twice, the second time about the
+    # first: a mean rounded at its full size is too coarse for a channel that hardly varies.
     old = running[0].astype(moments.mean.dtype)
     distance, _, _ = _average_about(old, moments, axis_name)
     about = lax.stop_gradient(old + distance)
@@ -278,9 +276,9 @@ def _batch_statistics(moments, running, axis_name):
 
 
 def _average_about(center, moments: ChannelMoments, axis_name):
-    """Averages E[x] - center and E[(x - center)^2] over all samples, by their counts.
+    """Averages E[x] - center and E[(x - center)^2] over all samples, weighted by their counts.
 
-    Returns both, [1, C], and whether any position was valid, [1, 1].
+    Returns both averages, [1, C], and whether any position was valid, [1, 1].
     """
     distance = moments.mean + (moments.shift - center)
     values = distance, moments.var + lax.square(distance)
@@ -292,7 +290,7 @@ def _average_about(center, moments: ChannelMoments, axis_name):
     sums = [jnp.sum(value * moments.weight, 0, keepdims=True) for value in values]
     total = jnp.sum(moments.weight, keepdims=True)
     if axis_name is not None:
-        # One vector, so that devices with unequal counts still need one all-reduce.
+        # One vector, so that devices with unequal counts still need only one all-reduce.
         packed = lax.psum(jnp.concatenate([*sums, total], 1), axis_name)
         *sums, total = lax.split(packed, (*(value.shape[1] for value in values), 1), 1)
     count = jnp.where(total > 0, total, 1)
@@ -300,14 +298,12 @@ def _average_about(center, moments: ChannelMoments, axis_name):
 
 
 def _advance(running, any_valid, mean, var):
-    """Moves the running statistics towards ``mean`` and ``var``.
-
-    Not at all without valid data, and not a channel whose new moments are not finite: they would
-    stay in the state for ever.
-    """
+    """Moves the running statistics towards ``mean`` and ``var``."""
+    # Nothing moves without valid data. A channel whose new moments are not finite does not move
+    # either: such values would stay in the state for ever.
     old_mean, old_var, step = running
     mean, var = (lax.stop_gradient(value).astype(old_mean.dtype) for value in (mean, var))
-    moves = any_valid & jnp.isfinite(var)  # It is not finite where the mean is not.
+    moves = any_valid & jnp.isfinite(var)  # Where the mean is not finite, var is not.
     return (
         jnp.where(moves, old_mean + step * (mean - old_mean), old_mean),
         jnp.where(moves, old_var + step * (var - old_var), old_var),

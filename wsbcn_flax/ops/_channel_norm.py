@@ -17,7 +17,7 @@ from wsbcn_flax.ops._explicit_axes import devices_that_share_arrays, with_automa
 from wsbcn_flax.ops._moments import raw_moments, shift_for
 from wsbcn_flax.ops._normalize_groups import ChannelMap, normalize_groups, scale_and_bias
 
-_FEW = 4  # Samples on a device.
+_FEW = 4  # Largest number of samples on a device that counts as few.
 
 
 def channel_norm(
@@ -34,24 +34,24 @@ def channel_norm(
 
         y = scale (x - E[x]) / sqrt(Var[x] + epsilon) + bias
 
-    with mean and biased variance over (positions, C / num_groups): group normalization, which the
-    paper calls channel normalization, in one reduction pass and one elementwise pass. Derivatives
-    are a closed form, in reverse and forward mode and of any order.
+    with mean and biased variance over (positions, C / num_groups). This is group normalization,
+    which the paper calls channel normalization, in one reduction pass and one elementwise pass.
+    Derivatives are a closed form, in reverse and forward mode and of any order.
 
     Args:
-        x: [B, ..., C], floating-point.
-        scale: [C], or [num_groups] for one value per group, or None for one.
-        bias: [C], or [num_groups], or None for zero.
+        x: Activations [B, ..., C], floating-point.
+        scale: Scale [C], or [num_groups] for one value per group, or None for one.
+        bias: Bias [C], or [num_groups], or None for zero.
         num_groups: Number of groups, which divides C and leaves each more than one value.
-        epsilon: added to the variance.
-        mask: broadcasts to x with a channel axis of 1; positions that count are true or 1.
+        epsilon: Constant added to the variance.
+        mask: Mask that broadcasts to x with a channel axis of 1; true or 1 where a position counts.
         dtype: Output dtype; defaults to the dtype of ``x``.
 
     Returns:
         An array of x's shape.
 
     Raises:
-        TypeError: If x is not floating-point, or ``num_groups`` no whole number.
+        TypeError: If x is not floating-point, or ``num_groups`` not a whole number.
         ValueError: For groups that do not divide C or hold one value, rank 1, an empty axis, or
             arrays and masks of another shape.
 
@@ -98,11 +98,11 @@ def _channel_norm(x, scale, bias, mask, *, num_groups, epsilon, dtype):
 
 
 def tiled_for_few_samples(x: jax.Array) -> jax.Array:
-    """X, behind a barrier where each device of the current mesh holds 2 to ``_FEW`` samples.
+    """Puts x behind a barrier on TPU if each device of the mesh holds 2 to ``_FEW`` samples.
 
-    XLA for TPU tiles so small a batch innermost, and then writes each broadcast [B, C] array out at
-    the activation's size, unless a barrier stands before (libtpu 0.0.42). A single sample needs no
-    such array; there the barrier would only keep the moments out of the convolution.
+    XLA for TPU tiles so few samples innermost. Without a barrier before x, it then writes out each
+    broadcast [B, C] array at the activation's size (libtpu 0.0.42). A single sample needs no such
+    array; there the barrier would only keep the moments out of the convolution.
     """
     devices, samples = devices_that_share_arrays(), x.shape[0]
     # The batch of an exported program may be symbolic.
@@ -113,11 +113,11 @@ def tiled_for_few_samples(x: jax.Array) -> jax.Array:
 
 def _identity_of_channels(moments, constants, parameters, groups):
     one = jnp.ones((1, moments.mean.shape[-1]), moments.mean.dtype)
-    # y is x less one value for all channels of a group: small numbers, with the same deviations.
+    # y is x minus one value per group: small numbers, with the same deviations.
     center = moments.shift - groups.average(moments.shift)
     return ChannelMap(center, one, 0 * one, *scale_and_bias(parameters, one, groups)), ()
 
 
 def row(value: jax.Array | None) -> jax.Array | None:
-    """[C] -> [1, C]."""
+    """Reshapes [C] to [1, C]; None stays None."""
     return None if value is None else value[None]

@@ -11,8 +11,8 @@ def check_activation(x: jax.Array, *, caller: str) -> None:
     """Raises unless ``x`` is a non-empty floating-point array [B, ..., C].
 
     Raises:
-        TypeError: for integer, boolean or complex arrays.
-        ValueError: for fewer than two axes or an axis of length zero.
+        TypeError: For integer, boolean or complex arrays.
+        ValueError: For fewer than two axes or an axis of length zero.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -35,8 +35,8 @@ def check_groups(shape: tuple[int, ...], num_groups: int, *, caller: str) -> Non
     """Raises unless ``num_groups`` divides the channels of [B, ..., C] into groups of values.
 
     Raises:
-        TypeError: if it is not a whole number.
-        ValueError: if it is not positive, does not divide C, or leaves one value to each group.
+        TypeError: If ``num_groups`` is not a whole number.
+        ValueError: If it is not positive, does not divide C, or leaves each group one value.
     """
     features = shape[-1]
     if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
@@ -72,7 +72,7 @@ def check_mask(mask: jax.Array | None, x: jax.Array, *, caller: str) -> None:
 
 
 def full_mask(mask: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """The mask, if there is one, for every position [B, ..., 1], in the statistics' dtype."""
+    """Broadcasts a mask, if given, to every position [B, ..., 1], in the statistics' dtype."""
     if mask is None:
         return None
     return jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(statistics_dtype(x.dtype))
@@ -89,7 +89,7 @@ def check_channels(features: int, *, caller: str, **arrays: jax.Array | None) ->
 
 
 def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype statistics of ``dtype`` are computed in: float32, or float64 for float64."""
+    """Returns the dtype in which to compute statistics: float32, or float64 for float64."""
     dtype = jnp.dtype(dtype)
     wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
     return dtype if wide else jnp.dtype(jnp.float32)
@@ -98,7 +98,7 @@ def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 def check_channel_part(
     features: int, num_groups: int, *, scale: jax.Array | None, bias: jax.Array | None
 ) -> None:
-    """Checks that the channel part's scale and bias have a value per group or per channel."""
+    """Raises ValueError unless scale and bias have one value per group or per channel."""
     for name, value in (("scale", scale), ("bias", bias)):
         if value is not None and value.shape not in ((features,), (num_groups,)):
             raise ValueError(

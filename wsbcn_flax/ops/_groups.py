@@ -13,8 +13,8 @@ class Groups(NamedTuple):
     """Arithmetic on the groups of channels.
 
     Attributes:
-        average: [B, C] -> [B, C], each channel's value that of its group's mean.
-        spread: [B, num_groups] -> [B, C], each group's value for each of its channels.
+        average: Function [B, C] -> [B, C] that gives each channel the mean of its group.
+        spread: Function [B, num_groups] -> [B, C] that gives each channel its group's value.
     """
 
     average: Callable[[jax.Array], jax.Array]
@@ -22,17 +22,17 @@ class Groups(NamedTuple):
 
 
 def groups_of(num_groups: int, features: int) -> Groups:
-    """Groups of ``features`` channels."""
+    """Returns the arithmetic on ``num_groups`` groups of ``features`` channels in all."""
     mean = functools.partial(_group_mean, num_groups=num_groups)
     spread = functools.partial(_spread, features=features)
     return Groups(lambda values: spread(mean(values)), spread)
 
 
 def groups_in_kernel(num_groups: int, features: int) -> Groups:
-    """The same in operations that Pallas has for TPU.
+    """Returns the arithmetic of ``groups_of`` in operations that Pallas has for TPU.
 
-    Sums over channels are products with a matrix of zeros and ones, exact in one pass for each of
-    three parts in bfloat16 that a number in float32 is the sum of.
+    Sums over channels are products with a matrix of zeros and ones. Each number in float32 is the
+    sum of three parts in bfloat16, and one pass for each part makes the product exact.
     """
     size = features // num_groups
 
@@ -57,7 +57,7 @@ def groups_in_kernel(num_groups: int, features: int) -> Groups:
 
 
 def _group_mean(values: jax.Array, num_groups: int) -> jax.Array:
-    """[B, C] -> [B, num_groups], the mean over each group's channels."""
+    """Averages [B, C] over each group's channels to [B, num_groups]."""
     size = values.shape[-1] // num_groups
     return lax.platform_dependent(
         values,
@@ -67,7 +67,7 @@ def _group_mean(values: jax.Array, num_groups: int) -> jax.Array:
 
 
 def _spread(values: jax.Array, features: int) -> jax.Array:
-    """[B, num_groups] -> [B, C], each group's value for each of its channels."""
+    """Copies each group's value [B, num_groups] to each of its channels, [B, C]."""
     batch, num_groups = values.shape
     size = features // num_groups
     grouped = (batch, num_groups, size)
@@ -78,10 +78,10 @@ def _spread(values: jax.Array, features: int) -> jax.Array:
     )
 
 
-# A TPU lays channels out along its vectors' lanes: to split that axis into groups is several copies
-# of every array, and a product with a matrix of zeros and ones is one operation.
+# A TPU lays channels out along its vectors' lanes. Splitting that axis into groups takes several
+# copies of every array; a product with a matrix of zeros and ones is one operation.
 def _membership(num_groups: int, size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[C, num_groups], one where a channel is a group's."""
+    """Returns a matrix [C, num_groups] that is one where a channel belongs to a group."""
     channel = lax.broadcasted_iota(jnp.int32, (num_groups * size, num_groups), 0)
     group = lax.broadcasted_iota(jnp.int32, (num_groups * size, num_groups), 1)
     return (channel // size == group).astype(dtype)

@@ -1,10 +1,11 @@
-"""Per-(sample, channel) moments in one pass, of which the variance does not cancel.
+"""Moments per sample and channel in one pass, without cancellation in the variance.
 
 In float32 the pass sums x - c and (x - c)^2 for a value c of the data. So it must wait for x, and
-is no part of the convolution that computes x. In bfloat16 it sums x, the leading 8 bits of x^2, and
-the rest of x^2. x has 8 significant bits and x^2 has 16. float32, which has 24, adds up 2^16
-numbers of 8 bits without rounding if they are about equally large, as they are where the mean is
-far from zero beside the deviation. There cancellation would cost most, and there it costs nothing.
+cannot be part of the convolution that computes x. In bfloat16 it sums x, the leading 8 bits of x^2,
+and the rest of x^2. x has 8 significant bits and x^2 has 16. float32, which has 24, adds up 2^16
+numbers of 8 bits without rounding if they are about equally large. They are about equally large
+where the mean is far from zero compared with the deviation. There cancellation would cost most, and
+with exact sums it costs nothing.
 """
 
 import math
@@ -27,10 +28,10 @@ class ChannelMoments(NamedTuple):
     """Moments of an activation [B, ..., C] over its positions, per sample and channel.
 
     Attributes:
-        shift: [B, C] or [1, C], near each channel's mean, constant under differentiation.
-        mean: [B, C], the mean of x - shift.
-        var: [B, C], the biased variance of x, not negative.
-        weight: [B, 1], the number of unmasked positions; None without a mask.
+        shift: Value near each channel's mean, [B, C] or [1, C], constant under differentiation.
+        mean: Mean of x - shift, [B, C].
+        var: Biased variance of x, [B, C], not negative.
+        weight: Number of unmasked positions, [B, 1]; None without a mask.
     """
 
     shift: jax.Array
@@ -42,25 +43,25 @@ class ChannelMoments(NamedTuple):
 def channel_moments(
     x: jax.Array, *, shift: jax.Array | None = None, mask: jax.Array | None = None
 ) -> ChannelMoments:
-    """Mean and variance of every channel of every sample, from one pass over the activation.
+    """Computes the mean and variance of every channel of every sample in one pass over x.
 
     With c the shift or, without one, the median of three of the sample's values of that channel,
 
         mean = E[x - c],    var = max(0, E[(x - c)^2] - mean^2),
 
     in float32 or wider. The variance's relative error grows as (c - E[x])^2 over the variance. A
-    typical value of the data keeps that small however far the mean is from zero, and whatever
-    single outlier there is. In bfloat16 the moments are sums of x and x^2 without rounding errors,
-    and c is the mean.
+    typical value c of the data keeps that small, however far the mean is from zero and despite any
+    single outlier. In bfloat16 without a shift, c is the mean, and x and x^2 are summed without
+    rounding errors.
 
     Args:
-        x: [B, ..., C], floating-point.
-        shift: [C] or [B, C], near the channels' means.
-        mask: broadcasts to x with a channel axis of 1; true or 1 where a position counts.
+        x: Activations [B, ..., C], floating-point.
+        shift: Values near the channels' means, [C] or [B, C].
+        mask: Mask that broadcasts to x with a channel axis of 1; true or 1 where a position counts.
 
     Raises:
-        TypeError: if x is not floating-point.
-        ValueError: for rank 1, an empty axis, or a shift or mask that does not fit.
+        TypeError: If x is not floating-point.
+        ValueError: For rank 1, an empty axis, or a shift or mask that does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,14 +82,14 @@ def channel_moments(
 
 
 class RawMoments(NamedTuple):
-    """Sums of one pass over an activation, of x - shift and its square, [B, C] each.
+    """Sums of x - shift and of its square from one pass over an activation, [B, C] each.
 
     Attributes:
-        shift: [1 or B, C]; None for zero, in bfloat16.
+        shift: Shift [1 or B, C]; None for zero, in bfloat16.
         total: Sum of x - shift.
         square: Sum of its square or, without a shift, of the leading bits of each square.
         rest: Sum of the bits that ``square`` leaves out; None with a shift.
-        weight: [B, 1], the number of unmasked positions; None without a mask.
+        weight: Number of unmasked positions, [B, 1]; None without a mask.
     """
 
     shift: jax.Array | None
@@ -98,7 +99,7 @@ class RawMoments(NamedTuple):
     weight: jax.Array | None
 
     def moments(self, count: int) -> ChannelMoments:
-        """Mean and variance over ``count`` positions, or those that the mask leaves."""
+        """Returns the mean and variance over ``count`` positions, or over the unmasked ones."""
         total, square, weight = self.total, self.square, self.weight
         number = jnp.asarray(divisor(weight, count), total.dtype)
         if self.rest is not None:
@@ -110,21 +111,19 @@ class RawMoments(NamedTuple):
 
 
 def divisor(weight: jax.Array | None, count: int) -> jax.Array | int:
-    """The number that sums over positions are divided by: of those that count, if not of all."""
+    """Returns the number to divide sums over positions by: ``count``, or the unmasked ones."""
     return count if weight is None else jnp.where(weight > 0, weight, 1)
 
 
 def positions(x: jax.Array) -> int:
-    """The number of positions of x."""
+    """Returns the number of positions of x."""
     return math.prod(x.shape[1:-1])
 
 
 @jax.custom_jvp
 def _exact_moments(count, total, square, rest):
-    """The mean m in float32, the rest of it, and the variance; S is the total.
-
-    Sum (x - m)^2 = Sum x^2 - m S - m (S - m count)
-    """
+    """Returns the mean m in float32, the part of the mean that m rounds off, and the variance."""
+    # With S the total, Sum (x - m)^2 = Sum x^2 - m S - m (S - m count).
     mean = total / count
     remainder = _minus_product(total, 0, mean, count)
     deviations = _minus_product(square, rest, mean, total) - mean * remainder
@@ -140,7 +139,7 @@ def _exact_moments_jvp(primals, tangents):
 
 
 def _minus_product(value, rest, a, b):
-    """Value + rest - a b, of which the difference is small, without the error of the product."""
+    """Returns value + rest - a b, a small difference, without the product's rounding error."""
     a_high, b_high = (_leading_bits(factor, 12) for factor in (a, b))
     a_low, b_low = a - a_high, b - b_high
     # Products of 12 bits by 12 have no error, whether or not they are fused with a subtraction.
@@ -149,26 +148,26 @@ def _minus_product(value, rest, a, b):
 
 
 def _leading_bits(value, count):
-    """A value in float32, rounded to ``count`` significant bits."""
+    """Rounds a value in float32 to ``count`` significant bits."""
     dropped = 24 - count
     bits = lax.bitcast_convert_type(value, jnp.int32) + (1 << (dropped - 1))
     return lax.bitcast_convert_type(bits & (-1 << dropped), value.dtype)
 
 
 def shift_for(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-    """A value of each channel for moments to be taken about; none in bfloat16."""
+    """Returns a value of each channel to take moments about; None in bfloat16."""
     return None if x.dtype == jnp.bfloat16 else typical_values(x, mask)
 
 
 def raw_moments(x: jax.Array, shift: jax.Array | None, mask: jax.Array | None) -> RawMoments:
-    """The moments of x [B, ..., C] about a shift [1 or B, C] or None; the mask is full."""
+    """Sums x [B, ..., C] about a shift [1 or B, C] or None; takes a mask from ``full_mask``."""
     if shift is not None:
         shift = lax.stop_gradient(shift.astype(statistics_dtype(x.dtype)))
     weight = None if mask is None else jnp.sum(mask, tuple(range(1, x.ndim - 1)))
     return RawMoments(shift, *_sums(x, shift, mask), weight)
 
 
-# A rule of its own: autodiff would keep x - shift in float32 beside x.
+# A custom derivative, since autodiff would keep x - shift in float32 in addition to x.
 @jax.custom_jvp
 def _sums(x, shift, mask) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     axes = tuple(range(1, x.ndim - 1))
@@ -191,7 +190,7 @@ def _sums_jvp(primals, tangents):
 
 
 def _sum_tangents(x, shift, mask, x_tangent):
-    """The tangents sum t and 2 sum (x - shift) t."""
+    """Computes the tangents sum t and 2 sum (x - shift) t."""
     distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
     total, along = tangent_sums(tangent, distance, mask)
@@ -199,7 +198,7 @@ def _sum_tangents(x, shift, mask, x_tangent):
 
 
 def tangent_sums(tangent, distance, mask) -> tuple[jax.Array, jax.Array]:
-    """Sums of a tangent t and of t (x - shift) over positions that count, [B, C]."""
+    """Sums a tangent t, and t (x - shift), over positions that count, [B, C] each."""
     axes = tuple(range(1, tangent.ndim - 1))
     tangent = tangent if mask is None else mask * tangent
     return jnp.sum(tangent, axes), jnp.sum(tangent * distance, axes)
@@ -208,26 +207,27 @@ def tangent_sums(tangent, distance, mask) -> tuple[jax.Array, jax.Array]:
 def tangents_of_moments(
     total, along, moments: ChannelMoments, count
 ) -> tuple[jax.Array, jax.Array]:
-    """The tangents of mean and var, from ``tangent_sums`` over ``count`` positions."""
+    """Computes the tangents of mean and var from ``tangent_sums`` over ``count`` positions."""
     count = divisor(moments.weight, count)
     return total / count, 2 * (along - moments.mean * total) / count
 
 
 def typical_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Each channel's median [B, C] of three values, from positions that count; 0 without any.
+    """Returns each channel's median [B, C] of three values at positions that count.
 
-    In the statistics' dtype. One outlier, wherever it is, is never the median.
+    The dtype is that of the statistics. The median is 0 without any such position. A single
+    outlier, wherever it is, is never the median.
     """
     a, b, c = (value.astype(statistics_dtype(x.dtype)) for value in _three_values(x, mask))
     median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
-    # A division by one, which XLA for CPU does once, where it would repeat the rest for each
-    # element of x.
+    # This divides by one. XLA for CPU computes a division once; without it, XLA would repeat the
+    # other operations for each element of x.
     return median / jnp.where(jnp.isnan(median), median, 1)
 
 
 def _three_values(x, mask) -> tuple[jax.Array, ...]:
-    """[B, C] each, at a quarter, half and three quarters of the positions along every axis."""
-    quarters = (1, 2, 3)
+    """Picks three values [B, C], at a quarter, half and three quarters of the positions."""
+    quarters = (1, 2, 3)  # Along every axis or, with a mask, among the positions that count.
     if mask is None:
         return tuple(x[:, *(n * q // 4 for n in x.shape[1:-1])] for q in quarters)
     valid = mask.reshape(x.shape[0], -1, 1) > 0
@@ -239,17 +239,17 @@ def _three_values(x, mask) -> tuple[jax.Array, ...]:
 
 
 def distance_from(shift: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """X - shift in the statistics' dtype, with zero for x where it is masked."""
-    # Select before anything else: padding may hold NaN.
+    """Returns x - shift in the statistics' dtype, with zero for x where it is masked."""
+    # Mask x before anything else: padding may hold NaN.
     x = without_padding(x, mask).astype(statistics_dtype(x.dtype))
     return x if shift is None else x - at_positions(shift, x)
 
 
 def without_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """X with zero where it is masked."""
+    """Returns x with zero where it is masked."""
     return x if mask is None else jnp.where(mask > 0, x, jnp.zeros((), x.dtype))
 
 
 def at_positions(values: jax.Array, x: jax.Array) -> jax.Array:
-    """[B, C] or [1, C] values of channels, for the positions of x."""
+    """Reshapes values of channels, [B, C] or [1, C], to broadcast over the positions of x."""
     return jnp.expand_dims(values, range(1, x.ndim - 1))

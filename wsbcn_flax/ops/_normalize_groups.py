@@ -1,4 +1,4 @@
-"""Normalization of groups after a map of every channel: the form all normalizations here take."""
+"""Normalization of groups after a map of each channel, the form of all normalizations here."""
 
 import functools
 from collections.abc import Callable
@@ -31,9 +31,9 @@ from wsbcn_flax.ops._one_kernel import (
 
 
 class ChannelMap(NamedTuple):
-    """A map y = slope (x - shift + center) + constant of channels, and what follows its groups.
+    """A map y = slope (x - shift + center) + constant of channels, and the channel part's affine.
 
-    All are [1 or B, C]; ``scale`` and ``bias`` are the channel part's.
+    All arrays are [1 or B, C]; ``scale`` and ``bias`` apply after the groups are normalized.
     """
 
     center: jax.Array
@@ -43,14 +43,14 @@ class ChannelMap(NamedTuple):
     bias: jax.Array
 
 
-# (moments, constants, parameters, groups) -> (map, auxiliary results). What it computes, and its
-# derivative with respect to parameters, are part of the kernel on a TPU: it takes and returns
+# (moments, constants, parameters, groups) -> (map, auxiliary results). On a TPU this function and
+# its derivative with respect to the parameters are part of the kernel. So it takes and returns
 # matrices, and its only sums are over samples.
 MapOfChannels = Callable[[ChannelMoments, Any, Any, Groups], tuple[ChannelMap, Any]]
 
 
 def scale_and_bias(parameters, like: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
-    """The channel part's scale and bias [1, C], from [1, C], [1, num_groups] or None."""
+    """Returns the channel part's scale and bias [1, C], from [1, C], [1, num_groups] or None."""
 
     def of_channels(value, default):
         if value is None:
@@ -74,7 +74,7 @@ def normalize_groups(
     mask: jax.Array | None,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, Any]:
-    """Channel normalization of y = slope (x - shift + center) + constant, by the moments of x.
+    """Normalizes the groups of y = slope (x - shift + center) + constant by the moments of x.
 
     With offset = slope center + constant, the mean and var of x - shift, and
     d = offset - E[slope mean + offset] over the group,
@@ -82,19 +82,19 @@ def normalize_groups(
         std^2 = E[slope^2 var + (slope mean + d)^2] + epsilon
         out   = (x - shift) slope scale / std + d scale / std + bias
 
-    where E is over the channels of the group: the group's variance is the mean of its channels'
-    variances plus the variance of their means (Chan et al.), which stays accurate however far apart
+    where E is over the channels of the group. The group's variance is the mean of its channels'
+    variances plus the variance of their means (Chan et al.). This stays accurate however far apart
     the channels are. All but the last line is arithmetic on arrays [B, C].
 
     Args:
-        x: [B, ..., C].
-        moments: Moments of x, with the same mask. Their part in the derivative is added to x's.
-        map_of_channels: Computes the map and auxiliary results.
+        x: Activations [B, ..., C].
+        moments: Moments of x with the same mask. The derivative of x includes their part.
+        map_of_channels: Function that computes the map and auxiliary results.
         constants: Matrices for ``map_of_channels`` that have no gradient.
-        parameters: Matrices for ``map_of_channels`` that have.
-        num_groups: divides C.
-        epsilon: added to the group's variance.
-        mask: as ``moments`` was given; masked positions count as zero.
+        parameters: Matrices for ``map_of_channels`` that have a gradient.
+        num_groups: Number of groups; divides C.
+        epsilon: Constant added to the group's variance.
+        mask: Mask that ``moments`` were taken with; x counts as zero at masked positions.
         dtype: Output dtype.
 
     Returns:
@@ -106,7 +106,7 @@ def normalize_groups(
         channel_map, of_all_devices = map_of_channels(
             moments.moments(positions(x)), constants, parameters, groups
         )
-        # As one array, so that their gradients are summed over samples, and devices, as one: XLA
+        # One stacked array, so that one sum reduces their gradients over samples and devices: XLA
         # combines some 256 arrays into one all-reduce. A split's transpose is one concatenation.
         center, *affine = channel_map
         affine = jnp.broadcast_to(jnp.stack(affine), (4, *moments.total.shape))
@@ -119,13 +119,13 @@ def normalize_groups(
 
 
 def as_given(moments, constants, parameters, groups):
-    """A map of channels that is known."""
+    """Returns a map of channels that is already known, as a ``MapOfChannels``."""
     return parameters, ()
 
 
-# A rule of its own, linear in the tangents of x and of the parameters: autodiff of the formula
-# leaves arithmetic on [B, C] arrays inside the loop over x. It ignores the tangents of the moments,
-# which it takes from that of x, so that one pass over x serves all.
+# A custom derivative, linear in the tangents of x and of the parameters. Autodiff of the formula
+# leaves arithmetic on [B, C] arrays inside the loop over x. This rule ignores the given tangents of
+# the moments and computes them from the tangent of x, so that one pass over x serves all.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _normalize(
     map_of_channels, num_groups, epsilon, dtype, x, mask, moments, constants, parameters
@@ -141,7 +141,7 @@ def _normalize_jvp(map_of_channels, num_groups, epsilon, dtype, primals, tangent
     static = map_of_channels, num_groups, epsilon, positions(x)
     shift, slope, offset, aux = _coefficients(*static, *arguments)
     y = _apply(x, mask, shift, slope, offset, dtype)
-    # A checkpoint, since autodiff would keep x - shift in float32 beside x.
+    # Without the checkpoint, autodiff would keep x - shift in float32 in addition to x.
     push_forward = jax.checkpoint(functools.partial(_push_forward, *static), prevent_cse=False)
     pushed = push_forward(*primals, shift, slope, tangents[0], tangents[4])
     return (y, aux), (pushed.astype(dtype), jax.tree.map(jnp.zeros_like, aux))
@@ -167,12 +167,10 @@ def _push_forward(
     x_tangent,
     parameter_tangents,
 ):
-    """The tangent of y = (x - shift) slope + offset, both of which depend on x by its moments.
-
-    Its transpose, which reverse mode takes, is one pass that sums the cotangent g and g (x - shift)
-    over positions, arithmetic on [B, C] arrays, and one elementwise pass. In bfloat16 it sums g x,
-    since XLA for GPU would write g (x - shift) out in float32.
-    """
+    """Computes the tangent of y = (x - shift) slope + offset; x's moments set slope and offset."""
+    # Reverse mode takes the transpose: one pass that sums the cotangent g and g (x - shift) over
+    # positions, arithmetic on [B, C] arrays, and one elementwise pass. In bfloat16 the first pass
+    # sums g x, since XLA for GPU would write out g (x - shift) in float32.
     distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
     static = map_of_channels, num_groups, epsilon, count
@@ -191,7 +189,7 @@ def _push_forward(
 
 
 def _coefficients(map_of_channels, num_groups, epsilon, count, *arguments):
-    """The shift, slope and offset of y as a function of x - shift, and auxiliary results."""
+    """Returns the shift, slope and offset of y = (x - shift) slope + offset, and auxiliaries."""
     evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, count)
     plain = functools.partial(evaluate, groups_of)
     run: Callable[..., Any] = plain
@@ -208,28 +206,25 @@ def _evaluate(map_of_channels, num_groups, epsilon, count, groups, raw, constant
     groups = groups(num_groups, moments.mean.shape[-1])
     channel_map, aux = map_of_channels(moments, constants, parameters, groups)
     slope, offset = _map(groups, epsilon, moments.mean, moments.var, channel_map)
-    # A shift that was given is not one more result of a kernel.
+    # A given shift is known outside; the kernel need not return it.
     return moments.shift if raw.shift is None else (), slope, offset, aux
 
 
 def _map(groups, epsilon, mean, var, channel_map):
-    """Slope and offset of y as a function of x - shift, [B, C].
-
-    Every coefficient of x, here and in the derivative, ends in a division by std: XLA for CPU
-    repeats a cheap operation for each element of x, that of group indices included, but no
-    division.
-    """
+    """Returns the slope and offset of y as a function of x - shift, [B, C]."""
+    # Every coefficient of x, here and in the derivative, ends in a division by std. XLA for CPU
+    # repeats cheap operations, even those on group indices, for each element of x, but no division.
     slope, d, _, std = _deviations(groups, epsilon, mean, var, channel_map)
     scale, bias = channel_map.scale, channel_map.bias
     return slope * scale / std, (d * scale + bias * std) / std
 
 
 def _deviations(groups, epsilon, mean, var, channel_map):
-    """The slope, d, slope mean + d, and the group's std, all [B, C]."""
+    """Returns the slope, d, slope mean + d, and the group's std, all [B, C]."""
     center, slope, constant = (jnp.broadcast_to(part, mean.shape) for part in channel_map[:3])
     offset = slope * center + constant
-    # Only differences within a group matter. Where a running mean is far off they are small numbers
-    # beside large ones, which are subtracted first.
+    # Only differences within a group matter. Where a running mean is far off, they are small beside
+    # the offsets themselves, so one channel's offset is subtracted first.
     offset = offset - lax.stop_gradient(offset[:, :1])
     d = offset - groups.average(slope * mean + offset)
     centred = slope * mean + d
@@ -238,10 +233,8 @@ def _deviations(groups, epsilon, mean, var, channel_map):
 
 
 def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals, linear):
-    """The tangents of slope and offset, from two sums over x and those of the parameters.
-
-    They are those of y as a function of x less the shift that was given, zero in bfloat16.
-    """
+    """Computes the tangents of slope and offset from two sums over x and parameter tangents."""
+    # Here y is a function of x minus the given shift, which is zero in bfloat16.
     raw, constants, parameters = residuals
     total, along, parameter_tangents = linear
     moments, groups = raw.moments(count), groups_of(num_groups, raw.total.shape[-1])
@@ -269,15 +262,16 @@ def _pulled_by_kernel(static, wanted, residuals, cotangents):
 def _pulled_coefficients(
     groups, map_of_channels, num_groups, epsilon, count, residuals, cotangents
 ):
-    """The transpose of ``_coefficient_tangents``, in closed form.
+    """Applies the transpose of ``_coefficient_tangents``, in closed form.
 
-    With s, o the cotangents of y's slope and offset, p = E[(s slope + o d) scale / std] and
-    e = E[o scale / std] over the group, and m = slope mean + d, which is zero on average:
+    Let s and o be the cotangents of y's slope and offset. Over the group, let
+    p = E[(s slope + o d) scale / std] and e = E[o scale / std]. Let m = slope mean + d, whose group
+    mean is zero. The cotangents of the map's offset and slope are
 
-        o'     = o scale / std - p m / std^2 - e                       that of the offset
+        o'     = o scale / std - p m / std^2 - e
         slope' = s scale / std - p slope var / std^2 - mean (p m / std^2 + e) + o' center
 
-    Those of the mean and var of x, as of the sums that they are made of, are
+    The cotangents of the mean and var of x, from which those of the two sums follow, are
 
         var'   = -p slope^2 / (2 std^2),    mean' = -slope (p m / std^2 + e)
     """
@@ -293,8 +287,8 @@ def _pulled_coefficients(
     )
     slope, d, centred, std = _deviations(groups, epsilon, mean, var, channel_map)
     center, scale = channel_map.center, channel_map.scale
-    # Over std before all else, the bias's too: XLA would sum a cotangent that is the sum of another
-    # array over samples from that array, in one more pass over it.
+    # Divide by std first, even for the bias. Otherwise a cotangent that is a plain sum of another
+    # array over samples would make XLA take one more pass over that array.
     of_slope, of_offset = of_slope / std, of_offset / std
     of_scale = of_slope * slope + of_offset * d
     of_d = of_offset * scale

@@ -1,10 +1,10 @@
-"""Functions of arrays that a TPU computes in one kernel, and every other platform as written.
+"""Functions of arrays that a TPU computes in one kernel, and other platforms as written.
 
-A TPU takes a microsecond and more for each operation of a program, however little it computes. A
-function that is many operations on small arrays is one Pallas kernel there. The choice is made
-here, when a program is lowered: the kernel where each device has its own arrays, as in
-``shard_map`` or on one device; the function where XLA is to split them, on other platforms, under
-``vmap``, and for the derivatives that a training step does not take.
+A TPU takes at least a microsecond for each operation of a program, however little it computes. So
+a function of many operations on small arrays is one Pallas kernel there. This module makes the
+choice when a program is lowered. The kernel runs on a TPU where each device has its own arrays, as
+in ``shard_map`` or on one device. The function runs where XLA splits the arrays, on other
+platforms, under ``vmap``, and for the derivatives that a training step does not take.
 """
 
 import functools
@@ -21,15 +21,15 @@ from jax.interpreters import ad, batching, mlir
 
 Wanted = Sequence[bool]
 LANES = 128  # Columns that a TPU computes at a time.
-_LARGEST = 2**20  # Bytes of all arrays of a kernel that holds them at once.
+_LARGEST = 2**20  # Limit on the bytes of all arrays that one kernel holds at once.
 
 
 def in_one_kernel(function: Callable[..., Any], kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns ``function(*arguments)``, which on a TPU is ``kernel(*arguments)``.
+    """Returns ``function(*arguments)``, computed by ``kernel(*arguments)`` on a TPU.
 
     Args:
         function: Function of pytrees of arrays.
-        kernel: The same, by a Pallas kernel such as ``whole_kernel``.
+        kernel: Function with the same result by a Pallas kernel such as ``whole_kernel``.
         *arguments: Pytrees of arrays.
     """
     flat, tree = _flatten(arguments)
@@ -51,15 +51,15 @@ def linear_with_transpose(
     *,
     kernel: Callable[[Wanted, Any, Any], list[jax.Array]] | None = None,
 ) -> Any:
-    """Returns ``function(residuals, linear)``, linear in ``linear``, with a transpose of its own.
+    """Returns ``function(residuals, linear)``, linear in ``linear``, with a custom transpose.
 
     Args:
         function: Function of two pytrees of arrays.
-        transpose: ``(residuals, cotangents) -> cotangent`` of ``linear``.
-        residuals: What ``function`` need not be linear in.
-        linear: What it is linear in.
-        kernel: ``(wanted, residuals, cotangents) -> leaves``, the transpose by a Pallas kernel for
-            TPU, which returns the leaves that are wanted.
+        transpose: Function ``(residuals, cotangents)`` that returns the cotangent of ``linear``.
+        residuals: Pytree in which ``function`` need not be linear.
+        linear: Pytree in which ``function`` is linear.
+        kernel: Function ``(wanted, residuals, cotangents)``, the transpose by a Pallas kernel for
+            TPU. It returns only the leaves that are wanted.
     """
     flat, tree = _flatten((residuals, linear))
     traced, out_tree = _trace(function, jax.tree.unflatten(tree, flat))
@@ -88,7 +88,7 @@ def linear_with_transpose(
 
 
 def only(wanted: Wanted, tree: Any) -> list[jax.Array]:
-    """The leaves that are wanted."""
+    """Returns the leaves that are wanted."""
     return list(itertools.compress(jax.tree.leaves(tree), wanted))
 
 
@@ -96,8 +96,8 @@ def whole_kernel(function: Callable[..., Any], *arguments: Any) -> Any:
     """Computes a function of matrices in a Pallas kernel that holds all of them at once.
 
     Args:
-        function: Function of pytrees of matrices to a pytree of matrices, in operations that Pallas
-            has for TPU.
+        function: Function from pytrees of matrices to a pytree of matrices, in operations that
+            Pallas has for TPU.
         *arguments: Pytrees of matrices.
     """
     return _run(function, arguments, tile=None)
@@ -107,8 +107,8 @@ def column_kernel(function: Callable[..., Any], *arguments: Any) -> Any:
     """Computes a function of each column of matrices, [any, C], in a Pallas kernel.
 
     Args:
-        function: Function of pytrees of matrices to a pytree of matrices, in operations that Pallas
-            has for TPU. Columns do not depend on one another.
+        function: Function from pytrees of matrices to a pytree of matrices, in operations that
+            Pallas has for TPU. Columns do not depend on one another.
         *arguments: Pytrees of matrices.
     """
     columns = {leaf.shape[1] for leaf in jax.tree.leaves(arguments)}
@@ -117,7 +117,7 @@ def column_kernel(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _run(function, arguments, *, tile: int | None):
-    from jax.experimental import pallas as pl  # It takes as long to import as the whole library.
+    from jax.experimental import pallas as pl  # Importing it takes as long as the library.
 
     flat, tree = jax.tree.flatten(arguments)
     traced, out_tree = _trace(function, arguments)
@@ -141,15 +141,15 @@ def _run(function, arguments, *, tile: int | None):
         grid["in_specs"], grid["out_specs"] = [*map(columns, flat)], [*map(columns, shapes)]
     call = pl.pallas_call(kernel, out_shape=shapes, **grid)
     # XLA for TPU tiles few samples well (its pass is called space-to-batch) only for convolutions
-    # from which no custom call is reached. It looks for those before it inlines this function
-    # (libtpu 0.0.42). Without it a ResNet-50 step at 2 images is estimated at 1.1 of the time.
+    # from which no custom call is reached. It looks for such calls before it inlines this function
+    # (libtpu 0.0.42). Without this a ResNet-50 step at 2 images is estimated at 1.1 times the time.
     with set_xla_metadata(inlineable="false"):
         outputs = jax.jit(call)(*flat)
     return jax.tree.unflatten(out_tree, outputs)
 
 
 def fit_at_once(*arrays: Any) -> bool:
-    """Whether pytrees of arrays are for one kernel: in float32, and small together."""
+    """Returns whether pytrees of arrays suit one kernel: in float32, and small together."""
     leaves = jax.tree.leaves(arrays)
     # The batch of an exported program may be symbolic.
     if not all(isinstance(size, int) for leaf in leaves for size in leaf.shape):
@@ -159,7 +159,7 @@ def fit_at_once(*arrays: Any) -> bool:
 
 
 def _flatten(arguments: Any) -> tuple[list[jax.Array], Any]:
-    """The leaves, all varying over the same device axes of a ``shard_map``, and the structure."""
+    """Returns the leaves, made to vary over the same ``shard_map`` axes, and the structure."""
     flat, tree = jax.tree.flatten(arguments)
     axes = frozenset().union(*map(_axes, flat))
 
@@ -171,18 +171,18 @@ def _flatten(arguments: Any) -> tuple[list[jax.Array], Any]:
 
 
 def _axes(array: jax.Array) -> frozenset[Any]:
-    """The device axes of a ``shard_map`` over which an array varies."""
+    """Returns the device axes of a ``shard_map`` over which an array varies."""
     return jax.typeof(array).manual_axis_type.varying
 
 
 def _trace(function: Callable[..., Any], arguments: Any) -> tuple[Any, Any]:
-    """The traced function, which is not traced again, and the structure of its outputs."""
+    """Traces the function once, and returns it with the structure of its outputs."""
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return jaxpr, jax.tree.structure(shapes)
 
 
 def _on_leaves(function: Callable[..., Any], tree: Any) -> Callable[..., list[Any]]:
-    """The function from leaves to leaves."""
+    """Turns a function of pytrees into a function from leaves to leaves."""
     return lambda *flat: jax.tree.leaves(function(*jax.tree.unflatten(tree, flat)))
 
 
@@ -207,7 +207,7 @@ mlir.register_lowering(_function_p, _lower_for_tpu, platform="tpu")
 
 
 def _is_local(ctx: Any) -> bool:
-    """Whether the arrays here are a device's own and not global ones that XLA is to split."""
+    """Returns whether the arrays here belong to one device, so that XLA does not split them."""
     context = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):
         manual = context.manual_axes | set(context.mesh.manual_axes)
@@ -216,7 +216,7 @@ def _is_local(ctx: Any) -> bool:
 
 
 def _jvp(primals, tangents, *, function, **_):
-    """By the function itself, whatever its kernel."""
+    """Differentiates the function itself, whatever its kernel."""
     tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
     return jax.jvp(function, tuple(primals), tangents)
 
@@ -232,7 +232,7 @@ def _jvp_of_linear(primals, tangents, *, function, count, **params):
 
 def _transpose_linear(cotangents, *operands, transpose, count, **_):
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-    # Tangents of what is not differentiated are known, and have no cotangent.
+    # Operands that are not differentiated have known tangents, and no cotangent.
     wanted = [ad.is_undefined_primal(operand) for operand in operands[count:]]
     pulled = iter(transpose(wanted, operands[:count], cotangents))
     return [None] * count + [next(pulled) if is_wanted else None for is_wanted in wanted]

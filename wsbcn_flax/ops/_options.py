@@ -16,11 +16,11 @@ Rate = float | Callable[[jax.Array], jax.Array | float]
 
 
 def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) -> None:
-    """Raises for an option that batch-channel normalization does not know.
+    """Raises for an option that batch-channel normalization does not accept.
 
     Raises:
-        TypeError: for a rate, or a value of its schedule, that is not one number.
-        ValueError: for an unknown name, or a number outside its range.
+        TypeError: For a rate, or a value of its schedule, that is not one number.
+        ValueError: For an unknown name, or a number outside its range.
     """
     if statistics not in get_args(Statistics):
         raise ValueError(
@@ -38,7 +38,7 @@ def check_options(*, statistics: str, order: str, rate: Rate, epsilon: float) ->
 
 @functools.lru_cache(maxsize=64)
 def _check_schedule(rate: Callable[[jax.Array], Any]) -> None:
-    """Evaluates a schedule at some counts: what it returns while it is traced has no value."""
+    """Checks a schedule's values at some counts, since its result under tracing has no value."""
     with jax.ensure_compile_time_eval():
         for count in (0, 1, 1000, 1_000_000):
             _check_rate(rate(jnp.float32(count)), f"rate, a schedule, at count {count},")

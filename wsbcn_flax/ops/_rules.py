@@ -1,4 +1,4 @@
-"""The field's conventions of weight standardization, as data."""
+"""The field's conventions for weight standardization, as data."""
 
 import dataclasses
 from typing import Literal
@@ -9,7 +9,7 @@ _DENOMINATORS = ("sqrt_var_plus_eps", "std_plus_eps", "sqrt_sum", "norm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandardizationRule:
-    """How a kernel is centred and divided, for each output channel over its fan-in of n weights.
+    """A rule for centring and dividing each output channel of a kernel over its n weights.
 
     With u = W - mean(W) if ``center`` else W, and s = sum(u^2), the kernel becomes
     ``gain * u / denominator + shift``, where the denominator is
@@ -22,17 +22,18 @@ class StandardizationRule:
     and m is n - 1 if ``unbiased`` else n.
 
     Attributes:
-        denominator: one of the four formulas above.
-        epsilon: the constant in it, in units of a weight squared (``std_plus_eps``: of a weight).
-        center: whether the mean is subtracted.
-        unbiased: whether the variance divides by n - 1.
-        learnable_gain: whether layers own a gain per output channel, initialized to one.
-        constants: whether layers own a gain and a shift per output channel that are not trained,
-            ``constant_gain`` of one and ``constant_shift`` of zero until
+        denominator: Name of one of the four formulas above.
+        epsilon: Constant in the formula, in units of a weight squared (a weight for
+            ``std_plus_eps``).
+        center: Whether the mean is subtracted.
+        unbiased: Whether the variance divides by n - 1.
+        learnable_gain: Whether layers own a gain per output channel, initialized to one.
+        constants: Whether layers own a gain and a shift per output channel that are not trained.
+            ``constant_gain`` is one and ``constant_shift`` zero until
             ``WeightStandardization.start_from_plain`` fills them.
 
     Raises:
-        ValueError: for an unknown denominator, an epsilon that is not positive, or a gain that is
+        ValueError: For an unknown denominator, an epsilon that is not positive, or a gain that is
             both learned and constant.
 
     Example:
@@ -64,7 +65,7 @@ class StandardizationRule:
 
     @property
     def channel_parameters(self) -> dict[str, tuple[str, float]]:
-        """Of each argument of ``standardize`` that layers own, its parameter and initial value."""
+        """Maps arguments of ``standardize`` to the parameters of layers and initial values."""
         if self.constants:
             return {"gain": ("constant_gain", 1.0), "shift": ("constant_shift", 0.0)}
         return {"gain": ("gain", 1.0)} if self.learnable_gain else {}
@@ -81,7 +82,7 @@ PRESETS: dict[str, StandardizationRule] = {
     "bit": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-10),
     # timm's StdConv2d.
     "timm": StandardizationRule(denominator="sqrt_var_plus_eps", epsilon=1e-6),
-    # mmcv's ConvAWS, which begins as the plain convolution that a checkpoint was trained with.
+    # mmcv's ConvAWS, which starts as the plain convolution of a trained checkpoint.
     "aws": StandardizationRule(
         denominator="sqrt_var_plus_eps", epsilon=1e-5, unbiased=True, constants=True
     ),
@@ -91,15 +92,15 @@ PRESETS: dict[str, StandardizationRule] = {
     "wn": StandardizationRule(denominator="norm", epsilon=1e-12, center=False, learnable_gain=True),
     "cwn": StandardizationRule(denominator="norm", epsilon=1e-12, learnable_gain=True),
 }
-"""The field's conventions by name, with the code that uses each in a comment."""
+"""The field's conventions by name; a comment names the code that uses each."""
 
 
 def resolve_rule(preset: str | StandardizationRule) -> StandardizationRule:
-    """The rule a preset's name stands for; a rule is returned as it is.
+    """Returns the rule that a preset names; a rule is returned as it is.
 
     Raises:
-        ValueError: for an unknown name.
-        TypeError: for anything but a name or a rule.
+        ValueError: For an unknown name.
+        TypeError: For anything but a name or a rule.
     """
     if isinstance(preset, StandardizationRule):
         return preset

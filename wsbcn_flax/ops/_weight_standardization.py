@@ -13,7 +13,7 @@ from wsbcn_flax.ops._explicit_axes import with_automatic_axes
 from wsbcn_flax.ops._one_kernel import column_kernel, in_one_kernel, linear_with_transpose, only
 from wsbcn_flax.ops._rules import StandardizationRule, resolve_rule
 
-_LARGEST_FAN_IN = 4608  # Of the two kernels' columns, in the memory of a TPU's vector unit.
+_LARGEST_FAN_IN = 4608  # Columns of both kernels then fit in a TPU's vector memory.
 
 
 def standardize(
@@ -31,27 +31,28 @@ def standardize(
 
         W_hat = gain * (W - mean(W)) / denominator(W) + shift
 
-    where the preset names the denominator (see ``StandardizationRule``): "bcn" (the default),
-    "official", "official_tf", "bit", "timm", "nfnet" and "aws" are the field's conventions of
-    Weight Standardization; "wn" and "cwn" are weight normalization and centered weight
-    normalization. Computed in float32 or wider. Derivatives are the closed form, in reverse and
-    forward mode and of any order, and are finite at a constant kernel.
+    where the preset names the denominator (see ``StandardizationRule``). "bcn" (the default),
+    "official", "official_tf", "bit", "timm", "nfnet" and "aws" are the field's conventions for
+    Weight Standardization. "wn" and "cwn" are weight normalization and centered weight
+    normalization; "wn" subtracts no mean. The computation is in float32 or wider. Derivatives are
+    the closed form, in reverse and forward mode and of any order, and are finite at a constant
+    kernel.
 
     Args:
-        kernel: [..., out], for example HWIO. A grouped convolution's I is already in / groups.
-        preset: a convention's name, or a rule of your own.
-        out_axis: the axis of output channels; -2 for ``nn.ConvTranspose(transpose_kernel=True)``.
-        gain: [out], or None for one.
-        shift: [out], or None for zero. No gradient flows to the gain and shift of "aws".
+        kernel: Kernel [..., out], for example HWIO. Grouped convolutions have I = in / groups.
+        preset: Name of a convention, or a rule of your own.
+        out_axis: Axis of output channels; -2 for ``nn.ConvTranspose(transpose_kernel=True)``.
+        gain: Gain [out], or None for one.
+        shift: Shift [out], or None for zero. No gradient flows to the gain and shift of "aws".
         dtype: Output dtype; defaults to the dtype of the kernel.
 
     Returns:
         An array of the kernel's shape.
 
     Raises:
-        TypeError: if the kernel is not floating-point.
-        ValueError: for an unknown preset, an axis out of range, a fan-in of one (it would
-            standardize to zero), or a gain or shift of another shape.
+        TypeError: If the kernel is not floating-point.
+        ValueError: For an unknown preset, an axis out of range, or a gain or shift of another
+            shape. For a fan-in of one under a rule that centres (the kernel would be zero).
 
     References:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -97,7 +98,7 @@ def standardize(
 def restoring_affine(
     kernel: jax.Array, rule: StandardizationRule, out_axis: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The gain and shift [out] with which ``standardize`` returns the kernel as it is."""
+    """Returns the gain and shift [out] with which ``standardize`` returns the kernel as it is."""
     wide = kernel.astype(statistics_dtype(kernel.dtype))
     center, inverse, _ = _statistics(rule, out_axis % kernel.ndim, wide)
     shift = jnp.zeros_like(inverse) if center is None else center
@@ -106,7 +107,7 @@ def restoring_affine(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _standardized(rule: StandardizationRule, out_axis: int, dtype, kernel, gain, shift):
-    """The standardized kernel times the gain plus the shift, in ``dtype``."""
+    """Returns the standardized kernel times the gain plus the shift, in ``dtype``."""
     wide = statistics_dtype(kernel.dtype)
     axes = _fan_in_axes(kernel, out_axis)
     is_last = gain is None and shift is None
@@ -126,8 +127,8 @@ def _fan_in(kernel: jax.Array, out_axis: int) -> int:
     return math.prod(kernel.shape) // kernel.shape[out_axis]
 
 
-# A rule of its own: autodiff of the formula costs several more passes over the kernel, and would
-# keep the centred kernel beside the kernel.
+# A custom derivative. Autodiff of the formula would cost several more passes over the kernel, and
+# keep the centred kernel in addition to the kernel.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _standardize(
     rule: StandardizationRule, out_axis: int, dtype: Any, kernel: jax.Array
@@ -145,7 +146,7 @@ def _standardize_jvp(rule, out_axis, dtype, primals, tangents):
     by_kernel = functools.partial(_pull_back_by_kernel, rule)
     pushed = linear_with_transpose(
         push_forward,
-        push_forward,  # It is symmetric.
+        push_forward,  # It is its own transpose.
         (kernel, *_statistics(rule, out_axis, kernel)),
         tangent,
         kernel=by_kernel if _has_kernel(kernel, out_axis) else None,
@@ -160,11 +161,10 @@ def _as_written(rule, out_axis, dtype, kernel):
 
 
 def _push_forward(out_axis, residuals, tangent):
-    """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel.
-
-    Without mean(t) where the rule does not centre. The sum of u t is that of W t less that of
-    mean(W) t: XLA for CPU would write u out, which both the sum and the last pass need.
-    """
+    """Pushes a tangent t forward: r (t - mean(t)) - u c sum(u t), with u the centred kernel."""
+    # There is no mean(t) where the rule does not centre. sum(u t) is computed as
+    # sum(W t) - mean(W) sum(t): both this sum and the last pass need u, so XLA for CPU would write
+    # u out.
     kernel, center, inverse, curvature = residuals
     axes = _fan_in_axes(kernel, out_axis)
     at = functools.partial(_at, kernel=kernel, out_axis=out_axis)
@@ -178,18 +178,18 @@ def _push_forward(out_axis, residuals, tangent):
 
 
 def _at(values, kernel, out_axis):
-    # By one operation, whose transpose reduces all axes at once, axes of length 1 included:
-    # without those, XLA for CPU (jaxlib 0.10.2) takes four times as long for a 1x1 kernel.
+    # One operation, whose transpose reduces all axes at once, axes of length 1 included. If these
+    # were left out, XLA for CPU (jaxlib 0.10.2) would take four times as long for a 1x1 kernel.
     return lax.broadcast_in_dim(values, kernel.shape, (out_axis,))
 
 
 def _statistics(rule, out_axis, kernel):
-    """The kernel's mean (None where the rule does not centre), r and c, one per output channel."""
+    """Returns mean (None where the rule does not centre), r and c, one per output channel."""
     axes, fan_in = _fan_in_axes(kernel, out_axis), _fan_in(kernel, out_axis)
     if not rule.center:
         return None, *_inverse_denominator(rule, fan_in, jnp.sum(lax.square(kernel), axes))
-    # About weights of the kernel's own, nothing cancels whatever the mean is. Two of them, as
-    # XLA for CPU writes out what two reductions share.
+    # Sums about some of the kernel's own weights do not cancel, whatever the mean is. Each sum has
+    # its own weight, since XLA for CPU writes out what two reductions share.
     first, last = (_corner(kernel, axes, index) for index in (0, -1))
     mean = jnp.mean(_subtract(kernel, first, axes), axes)
     square = jnp.sum(lax.square(_subtract(kernel, last, axes)), axes)
@@ -197,10 +197,10 @@ def _statistics(rule, out_axis, kernel):
     return first + mean, *_inverse_denominator(rule, fan_in, total)
 
 
-# On a TPU each output channel's weights are held at once, so that its variance is taken about its
-# mean, and its weights standardized and rounded, in one pass over memory.
+# On a TPU the Pallas kernel holds all weights of an output channel at once. So one pass over memory
+# takes the variance about the mean, and standardizes and rounds the weights.
 def _has_kernel(kernel: jax.Array, out_axis: int) -> bool:
-    """Whether Pallas kernels for TPU can take the sums along the fan-in."""
+    """Returns whether Pallas kernels for TPU can take the sums along the fan-in."""
     fits = out_axis == kernel.ndim - 1 and _fan_in(kernel, out_axis) <= _LARGEST_FAN_IN
     return fits and kernel.dtype == jnp.float32
 
@@ -215,7 +215,7 @@ def _by_kernel(rule, dtype, kernel):
 
 
 def _pull_back_by_kernel(rule, wanted, residuals, cotangent):
-    """The transpose of ``_push_forward``: one pass that reduces, and one that XLA may fuse."""
+    """Transposes ``_push_forward`` by one pass that reduces, and one that XLA may fuse."""
     kernel, *_ = residuals
 
     def of_columns(weights, cotangent):
@@ -233,7 +233,7 @@ def _pull_back_by_kernel(rule, wanted, residuals, cotangent):
 
 
 def _statistics_of_columns(rule, weights):
-    """The centred columns of a matrix, their means, and r and c, each one row."""
+    """Returns the centred columns of a matrix, their means, and r and c, each one row."""
     center = jnp.mean(weights, 0, keepdims=True) if rule.center else None
     centred = weights if center is None else weights - center
     total = jnp.sum(lax.square(centred), 0, keepdims=True)
@@ -249,14 +249,14 @@ def _subtract(kernel, center, axes):
 
 
 def _inverse_denominator(rule: StandardizationRule, fan_in: int, total: jax.Array):
-    """r(s) = 1 / denominator and c(s) = -2 r'(s), for the sum of squares s, per output channel."""
+    """Computes r(s) = 1 / denominator and c(s) = -2 r'(s) from each channel's sum of squares s."""
     divisor = fan_in - 1 if rule.unbiased else fan_in
     match rule.denominator:
         case "sqrt_var_plus_eps":
             inverse = lax.rsqrt(total / divisor + rule.epsilon)
             return inverse, inverse**3 / divisor
         case "std_plus_eps":
-            # The root has no derivative at zero; the centred kernel is zero there: none is needed.
+            # The root has no derivative at zero, and needs none: there the centred kernel is zero.
             constant = total == 0
             std = jnp.sqrt(jnp.where(constant, 1, total) / divisor)
             inverse = 1 / (jnp.where(constant, 0, std) + rule.epsilon)

@@ -1,4 +1,4 @@
-"""Functions from parameters to parameters, and checkpoints of other libraries."""
+"""Functions from parameters to parameters, and conversion of other libraries' checkpoints."""
 
 from wsbcn_flax.transforms._checkpoint_specs import (
     CheckpointSpec,

@@ -1,4 +1,4 @@
-"""The PyTorch checkpoints that can be imported, by name."""
+"""Names of the PyTorch checkpoints that can be imported, and their models here."""
 
 import dataclasses
 import functools
@@ -22,15 +22,16 @@ _NORMS: dict[NormKind, Callable[..., nn.Module]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSpec:
-    """The model here that has the architecture of a PyTorch checkpoint.
+    """The model in this package that has the architecture of a PyTorch checkpoint.
 
     Attributes:
-        model: name of the network in ``wsbcn_flax.models``.
-        norm: "bn", "gn" with 32 groups, or "bcn" with 32 groups and an affine map per group.
-        preset: the convention of Weight Standardization, or None for plain convolutions.
+        model: Name of the network in ``wsbcn_flax.models``.
+        norm: Normalization: "bn", "gn" with 32 groups, or "bcn" with 32 groups and an affine map
+            per group.
+        preset: Convention of Weight Standardization, or None for plain convolutions.
 
     Raises:
-        ValueError: for an unknown normalization or preset.
+        ValueError: For an unknown normalization or preset.
 
     Example:
         >>> from wsbcn_flax.transforms import checkpoint_spec
@@ -51,15 +52,15 @@ class CheckpointSpec:
     def make_model(
         self, *, num_classes: int = 1000, dtype: jax.typing.DTypeLike | None = None
     ) -> nn.Module:
-        """The plain network; give it parameters that ``preset`` has standardized."""
-        from wsbcn_flax import models  # Here: importing the layers does not import the networks.
+        """Returns the plain network, to be called with parameters standardized by ``preset``."""
+        from wsbcn_flax import models  # Imported here, so that the layers need no networks.
 
         model = getattr(models, self.model)
         return model(num_classes=num_classes, norm=_NORMS[self.norm], dtype=dtype)
 
 
 def _with_ws(model: str, norm: NormKind) -> CheckpointSpec:
-    # The authors' code for BCN has epsilon inside the root, that for GN outside.
+    # The authors' code has epsilon inside the root for BCN, and outside for GN.
     return CheckpointSpec(model=model, norm=norm, preset="bcn" if norm == "bcn" else "official")
 
 
@@ -81,7 +82,7 @@ _SPECS: dict[str, CheckpointSpec] = {
 
 
 def checkpoint_names() -> tuple[str, ...]:
-    """Names of the architectures that can be imported: the authors', then torchvision's.
+    """Lists the architectures that can be imported, first the authors', then torchvision's.
 
     Example:
         >>> from wsbcn_flax.transforms import checkpoint_names
@@ -92,10 +93,10 @@ def checkpoint_names() -> tuple[str, ...]:
 
 
 def checkpoint_spec(name: str) -> CheckpointSpec:
-    """Returns the model here that has the architecture of that name.
+    """Returns the model in this package that has the architecture of that name.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: For an unknown name.
     """
     if name not in _SPECS:
         raise ValueError(f"name must be one of {', '.join(_SPECS)}, received {name!r}.")

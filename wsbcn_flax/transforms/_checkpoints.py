@@ -1,4 +1,4 @@
-"""PyTorch checkpoints of residual networks, to variables of this package's models and back."""
+"""Conversion of PyTorch checkpoints of residual networks to variables here, and back."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How one kind of array lies there and here; the two functions undo each other."""
+    """The layout of one kind of array in PyTorch and in Flax; its functions are inverses."""
 
     to_torch: Convert
     to_flax: Convert
@@ -32,10 +32,10 @@ _DENSE = _Layout(np.transpose, np.transpose)
 _GROUP = _Layout(lambda a: a.reshape(1, -1, 1), lambda a: a.reshape(-1))
 _COUNT = _Layout(lambda a: a.astype(np.int64), lambda a: a.astype(np.float32))
 
-# What DataParallel, torch.compile and a module that holds the model put before its keys.
+# Prefixes that DataParallel, torch.compile and a module that holds the model add to its keys.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
-# Of a module here, its name there.
+# Patterns of Flax module names, and the PyTorch names.
 _MODULES = (
     (r"stem_conv", "conv1"),
     (r"stem_norm", "bn1"),
@@ -45,8 +45,8 @@ _MODULES = (
     (r"shortcut_conv", "downsample.0"),
     (r"shortcut_norm", "downsample.1"),
 )
-# Of a leaf here, its name there and its layout; kernels by their rank. The running variance is
-# PyTorch's unbiased one; evaluation uses it as it is, so the same number is the exact conversion.
+# Flax name and rank of a leaf, and its PyTorch name and layout. The running variance is PyTorch's
+# unbiased one. Evaluation uses it as it is, so the same number is the exact conversion.
 _LEAVES = {
     ("kernel", 4): ("weight", _CONV),
     ("kernel", 2): ("weight", _DENSE),
@@ -64,7 +64,7 @@ _LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One array: where it is here, what it is called there, and how it lies."""
+    """One array, as its path and shape here, its PyTorch key, and its layout."""
 
     path: tuple[str, ...]
     array: jax.ShapeDtypeStruct
@@ -73,7 +73,7 @@ class _Entry:
 
     @property
     def expected(self) -> np.ndarray:
-        """An array of the shape and dtype it has there."""
+        """Returns an array of the shape and dtype that it has in PyTorch."""
         zero = np.zeros((), self.array.dtype)
         return self.layout.to_torch(np.broadcast_to(zero, self.array.shape))
 
@@ -83,36 +83,38 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Converts a PyTorch state dict to the variables of the model of that architecture.
 
-    Kernels go from OIHW to HWIO, the head is transposed, batch-channel normalization's affine map
-    stays one number per group; every number comes back as it was. Kernels stay raw: apply
+    Kernels go from OIHW to HWIO, and the head is transposed. Batch-channel normalization's affine
+    map stays one number per group. Apart from rounding to float32, ``export_checkpoint`` gives
+    every number back as it was. Kernels stay raw: apply
     ``WeightStandardization(preset=checkpoint_spec(name).preset)``, or fold them once and for all
     with ``fold_weight_standardization``. Running variances are PyTorch's, which are unbiased;
-    evaluation uses them as they are, there as here. The count of batches becomes float32, exact up
-    to 2^24; plain batch normalization, which in Flax counts nothing, drops it.
+    evaluation uses them as they are, in PyTorch and here. The count of batches becomes float32,
+    exact up to 2^24. Plain batch normalization drops it, since Flax's has none.
 
-    A shape may have more or fewer axes of length one than PyTorch's, such as (1, 1, 1, C) or
-    (1, C, 1, 1) for the scale of a normalization, if its other axes all have different lengths.
+    A shape may have more or fewer axes of length one than PyTorch's, if its other axes all have
+    different lengths. Examples are (1, 1, 1, C) and (1, C, 1, 1) for the scale of a normalization.
     Floating-point numbers of any width become float32: wider ones are rounded.
 
     Args:
-        state_dict: NumPy arrays by key, or what a file of the authors' holds: a dict with the
-            arrays under ``state_dict``, and other things. The prefixes ``module.``, ``_orig_mod.``
-            and ``model.`` are dropped, in any order, where all keys have them.
-        name: one of ``checkpoint_names()``.
-        preset: Convention of Weight Standardization in the model that the variables are for, to be
-            warned where it is not the checkpoint's; None for no warning.
+        state_dict: NumPy arrays by key, or the dict in a file of the authors', which has the arrays
+            under ``state_dict`` among other things. The prefixes ``module.``, ``_orig_mod.`` and
+            ``model.`` are dropped, in any order, where all keys have them.
+        name: Architecture, one of ``checkpoint_names()``.
+        preset: Convention of Weight Standardization in the model that will use the variables, for a
+            warning where it is not the checkpoint's; None for no warning.
 
     Returns:
-        ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, batch_stats empty for GN.
+        ``{"params": ..., "batch_stats": ...}`` of NumPy arrays; batch_stats is empty for GN.
 
     Raises:
-        ValueError: for an unknown name; for keys that are missing, too many, of another shape or
-            not of numbers, listing all four; or for values that are not finite, beyond float32's
-            range, or negative variances, listing the keys of all three.
+        ValueError: For an unknown name. For keys that are missing or extra, or whose arrays have a
+            wrong shape or a dtype that does not convert; the message lists all four. For values
+            that are not finite, beyond float32's range, or negative variances; the message lists
+            the keys of all three.
 
     Warns:
-        UserWarning: For a preset with which the kernels are another function than they were trained
-            as. From a checkpoint trained without WS, "aws" starts with the same function.
+        UserWarning: For a preset with which the kernels compute another function than in training.
+            With "aws" a checkpoint trained without WS starts with the same function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -130,7 +132,7 @@ def import_checkpoint(
     if problems := _problems(arrays, entries):
         first = f"The keys must be those of {name}, and are not:"
         raise ValueError("\n".join([first, *problems, _hint(arrays)]))
-    with np.errstate(over="ignore"):  # Told below, with the keys.
+    with np.errstate(over="ignore"):  # Reported below, with the keys.
         leaves = {entry.path: _converted(arrays[entry.key], entry) for entry in entries}
     if problems := _bad_values(arrays, entries, leaves):
         first = f"The values of {name} must be finite and its variances not negative; they are not:"
@@ -142,15 +144,15 @@ def import_checkpoint(
 def export_checkpoint(variables: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     """Converts variables to the PyTorch state dict of that architecture, bit for bit.
 
-    The inverse of ``import_checkpoint``; ``num_batches_tracked`` of plain batch normalization,
-    which Flax does not count, is zero.
+    It is the inverse of ``import_checkpoint``. ``num_batches_tracked`` of plain batch normalization
+    is zero, since Flax does not count batches.
 
     Args:
-        variables: ``{"params": ..., "batch_stats": ...}`` of the model.
-        name: one of ``checkpoint_names()``.
+        variables: Variables ``{"params": ..., "batch_stats": ...}`` of the model.
+        name: Architecture, one of ``checkpoint_names()``.
 
     Raises:
-        ValueError: for an unknown name, or variables that are not that model's.
+        ValueError: For an unknown name, or variables that are not that model's.
     """
     leaves: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
     entries = _entries(name)
@@ -170,13 +172,13 @@ def export_checkpoint(variables: Mapping[str, Any], name: str) -> dict[str, np.n
 
 
 def guess_checkpoint_name(state_dict: Mapping[str, Any]) -> str:
-    """The architecture whose keys and shapes are exactly those of a state dict.
+    """Returns the architecture whose keys and shapes are those of a state dict.
 
     Args:
-        state_dict: as ``import_checkpoint`` takes it.
+        state_dict: State dict, as in ``import_checkpoint``.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: If there is no such architecture.
     """
     arrays = _strip_prefix(state_dict)
     for name in checkpoint_names():
@@ -189,7 +191,7 @@ def guess_checkpoint_name(state_dict: Mapping[str, Any]) -> str:
 
 
 def _warn_of_another_function(name: str, preset: str | None) -> None:
-    """Warns where a model with WS computes something else with a checkpoint's kernels."""
+    """Warns if ``preset`` makes a model compute another function with a checkpoint's kernels."""
     trained = checkpoint_spec(name).preset
     if preset is None or resolve_rule(preset) == (trained and resolve_rule(trained)):
         return
@@ -211,13 +213,13 @@ def _warn_of_another_function(name: str, preset: str | None) -> None:
 
 @functools.cache
 def _entries(name: str) -> tuple[_Entry, ...]:
-    """Every array of an architecture, from the model itself and the rules above."""
+    """Lists every array of an architecture, from the model itself and the rules above."""
     spec = checkpoint_spec(name)
     model = spec.make_model()
     init = functools.partial(model.init, train=False)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     leaves: Any = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), images))
-    # The batch part of batch-channel normalization is a module of its own there.
+    # In PyTorch the batch part of batch-channel normalization is a module of its own.
     prefix = ["pbn"] if spec.norm == "bcn" else []
     entries = []
     for path, array in leaves.items():
@@ -237,7 +239,7 @@ def _torch_module(module: str) -> str:
 
 
 def _strip_prefix(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays without the prefixes that wrappers of the model add to every key."""
+    """Returns the arrays without the prefixes that wrappers of the model add to every key."""
     arrays: Mapping[str, np.ndarray] = state_dict.get("state_dict", state_dict)
     while prefixes := [p for p in _WRAPPERS if arrays and all(k.startswith(p) for k in arrays)]:
         arrays = {key.removeprefix(prefixes[0]): array for key, array in arrays.items()}
@@ -250,9 +252,9 @@ def _converted(array: np.ndarray, entry: _Entry) -> np.ndarray:
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a shape is the one expected, or becomes it by axes of length one alone."""
+    """Returns whether a shape is the one expected, up to axes of length one."""
     axes = [size for size in shape if size != 1]
-    # Two axes of one length might be in another order, as HWIO's are in a 1x1 kernel.
+    # Two axes of the same length might be in another order, as in a 1x1 kernel in HWIO.
     distinct = len(set(axes)) == len(axes)
     return shape == expected or (distinct and axes == [size for size in expected if size != 1])
 
@@ -263,13 +265,13 @@ def _converts(dtype: np.dtype, expected: np.dtype) -> bool:
 
 
 def _untracked(entries: tuple[_Entry, ...]) -> set[str]:
-    """Keys of PyTorch's batch normalization that have no counterpart in Flax's."""
+    """Returns keys of PyTorch's batch normalization that have no counterpart in Flax's."""
     means = [e.key for e in entries if e.path[-1] == "mean" and ".pbn." not in e.key]
     return {key.replace("running_mean", "num_batches_tracked") for key in means}
 
 
 def _problems(arrays: Mapping[str, np.ndarray], entries: tuple[_Entry, ...]) -> list[str]:
-    """One line for each kind of difference between the keys and those expected."""
+    """Returns one line for each kind of difference between the keys and those expected."""
     expected = {entry.key: entry.expected for entry in entries}
     known = {*expected, *_untracked(entries)}
     pairs = [(key, np.asarray(arrays[key]), e) for key, e in expected.items() if key in arrays]
@@ -295,7 +297,7 @@ def _bad_values(
     entries: tuple[_Entry, ...],
     leaves: Mapping[tuple[str, ...], np.ndarray],
 ) -> list[str]:
-    """One line for each kind of value that no model can have."""
+    """Returns one line for each kind of value that no model can have."""
     bad: dict[str, list[str]] = {"not finite": [], "beyond float32": [], "negative": []}
     for entry in entries:
         array = np.asarray(arrays[entry.key])

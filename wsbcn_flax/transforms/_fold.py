@@ -1,4 +1,4 @@
-"""Weight Standardization done once and for all."""
+"""Weight Standardization folded into the parameters once and for all."""
 
 from wsbcn_flax.ops import StandardizationRule
 from wsbcn_flax.transforms._path_rules import PathRule
@@ -15,19 +15,19 @@ def fold_weight_standardization(
 ) -> Params:
     """Returns plain parameters, for evaluation and export, with standardized kernels.
 
-    The plain model (``nn.Conv``) computes with them what the model trained with Weight
-    Standardization computes with its raw ones. The result is that of ``WeightStandardization``
+    With them the plain model (``nn.Conv``) computes the same as the model trained with Weight
+    Standardization does with its raw parameters. The result is that of ``WeightStandardization``
     with the same options: gains that a preset learns are multiplied in and dropped.
 
     Args:
         params: Raw parameters, as training keeps them.
-        preset: Convention they were trained with.
-        where: Path rule they were trained with, such as ``normalized_convolutions(model, x)``.
-        out_axis: Axis of output channels they were trained with.
+        preset: Convention that they were trained with.
+        where: Path rule that they were trained with, such as ``normalized_convolutions(model, x)``.
+        out_axis: Axis of output channels that they were trained with.
         stacked_axes: Number of leading axes that count layers.
 
     Raises:
-        TypeError, ValueError: As ``WeightStandardization``.
+        TypeError, ValueError: In the same cases as ``WeightStandardization``.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where the kernels of a traced program go: from their convolutions to normalizations."""
+"""Tracking of kernels in a traced program, from their convolutions to normalizations."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching
 
-# Operations whose output still is the convolution's: moved, cast, summed, multiplied or pooled.
-# ReLU and other activations that grow with their input are made of them.
+# Operations whose output still counts as the convolution's: moved, cast, summed, multiplied or
+# pooled. ReLU and other activations that grow with their input are made of these operations.
 _FOLLOWED = (
     {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "rev", "split"}
     | {"slice", "dynamic_slice", "dynamic_update_slice", "gather", "scatter", "scatter-add"}
@@ -34,8 +34,8 @@ class KernelLayout(NamedTuple):
 
 
 # A mark is an equation of a traced program: (array, output) -> output, where the array is the
-# kernel of a convolution or the input of a normalization. JAX carries it through every
-# transformation. It knows its kernel by the array and not by a path, as layers may share a trace.
+# kernel of a convolution or the input of a normalization. JAX carries the mark through every
+# transformation. It identifies its kernel by the array, not by a path, as layers may share a trace.
 _mark = core.Primitive("wsbcn_flax_mark")
 _mark.def_impl(lambda array, output, *, layout: output)
 _mark.def_abstract_eval(lambda array, output, *, layout: output)
@@ -50,20 +50,20 @@ ad.primitive_jvps[_mark] = lambda primals, tangents, *, layout: (
 
 
 def mark_convolution(output: Any, kernel: jax.Array, layout: KernelLayout) -> Any:
-    """Returns a convolution's output, for ``KernelFlow`` to see which kernel it comes from."""
+    """Returns a convolution's output, marked with its kernel for ``KernelFlow``."""
     return jax.tree.map(lambda array: _mark.bind(kernel, array, layout=layout), output)
 
 
 def mark_normalization(output: Any, array: jax.Array) -> Any:
-    """Returns a normalization's output, for ``KernelFlow`` to see its input ``array``."""
+    """Returns a normalization's output, marked with its input ``array`` for ``KernelFlow``."""
     return jax.tree.map(lambda output: _mark.bind(array, output, layout=None), output)
 
 
 class KernelFlow:
-    """Follows kernels from their convolutions to normalizations through a marked program.
+    """A tracker of kernels from their convolutions to normalizations in a marked program.
 
     Attributes:
-        layouts: Layouts that convolutions have used kernels in, by the number of the kernel.
+        layouts: Layouts in which convolutions have used a kernel, by the number of the kernel.
         normalized: Numbers of the kernels that have reached a normalization.
     """
 
@@ -82,7 +82,7 @@ class KernelFlow:
             outputs = self._equation(equation, read(equation.invars))
             for variable, origin in zip(equation.outvars, outputs, strict=True):
                 dtype = getattr(variable.aval, "dtype", bool)
-                # Indices and conditions depend on a convolution's output but are not it.
+                # Indices and conditions depend on a convolution's output but do not carry it.
                 is_value = jnp.issubdtype(dtype, jnp.inexact)
                 origins[variable] = origin if is_value or origin is None else frozenset()
         return read(jaxpr.outvars)

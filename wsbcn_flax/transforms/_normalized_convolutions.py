@@ -1,4 +1,4 @@
-"""The convolutions of a model that a normalization follows, found by tracing the model."""
+"""Tracing of a model to find the convolutions that a normalization follows."""
 
 import functools
 import itertools
@@ -41,42 +41,43 @@ def normalized_convolutions(
     """Finds the kernels of the convolutions whose output is the input of a normalization.
 
     These are the kernels that Weight Standardization is for, whatever their names and biases.
-    ``WeightStandardization(where=normalized_convolutions(...))`` takes exactly them. The model is
-    traced once to see where each output goes; nothing is computed.
+    ``WeightStandardization(where=normalized_convolutions(...))`` takes exactly these kernels. The
+    model is traced once to see where each output goes; nothing is computed.
 
-    The output of a convolution is followed through whatever moves, adds, multiplies or pools it:
+    The output of a convolution is followed through any operation that moves, adds, multiplies or
+    pools it:
 
     - casts, reshapes, slices, padding, concatenation, dropout, barriers, sharding constraints;
     - sums (a bias, a residual connection), products (a gate, a mask), means, poolings;
     - resizing, and any other linear map with constant factors;
     - activations that grow with their input, such as ReLU, GELU and SiLU.
 
-    It is followed no further than the next convolution or matrix product, a bounded activation
-    (sigmoid, tanh, softmax), ``stop_gradient``, or any other operation. A kernel that is used more
-    than once is taken if a normalization follows one of its uses.
+    The search stops at the next convolution or matrix product, a bounded activation (sigmoid, tanh,
+    softmax), ``stop_gradient``, or any other operation. A kernel that is used more than once is
+    taken if a normalization follows one of its uses.
 
     Convolutions are ``nn.Conv``, ``nn.ConvTranspose`` and their subclasses, ``WSConv`` included.
     Normalizations are Flax's, ``BatchChannelNorm``, and their subclasses. Modules that call no
-    other module and whose class name contains "Norm" count too. What they normalize is their
-    first argument.
+    other module and whose class name contains "Norm" count too. The input of a normalization is its
+    first array argument.
 
     Args:
         model: Flax module, not bound to variables.
-        *inputs: Arguments that the model is called with, as arrays or ``jax.ShapeDtypeStruct``.
-            Anything else, such as a flag, is passed as it is.
+        *inputs: Arguments of the model's call, as arrays or ``jax.ShapeDtypeStruct``. Anything
+            else, such as a flag, is passed as it is.
         norms: Further classes of modules that count as normalizations.
-        **kwargs: Keyword arguments that the model is called with. Prefer ``train=False``, where
+        **kwargs: Keyword arguments of the model's call. Prefer ``train=False``, with which
             normalizations average over no devices.
 
     Returns:
-        One ``ConvolutionKernel`` for each kernel, in the order of the parameters. It knows the
-        output axis of transposed convolutions, and tells the leading axes that ``nn.scan`` and
-        ``nn.vmap`` add from those of one layer's kernel.
+        One ``ConvolutionKernel`` for each kernel, in the order of the parameters. It holds the
+        output axis, also of transposed convolutions, and the number of axes of one layer's kernel.
+        Any further leading axes are those that ``nn.scan`` and ``nn.vmap`` add.
 
     Raises:
         TypeError: If the model is not a Flax module.
-        ValueError: If no normalization follows any convolution, or layers are stacked along an
-            axis that is not a leading one (found where the sizes of the axes differ).
+        ValueError: If no normalization follows any convolution. If layers are stacked along an axis
+            that is not a leading one (detected where the sizes of the axes differ).
 
     Example:
         >>> import flax.linen as nn, jax
@@ -103,13 +104,13 @@ def normalized_convolutions(
         return function(variables, *inputs, **kwargs)
 
     def apply(variables: Any, arrays: Mapping[int, Any]) -> Any:
-        # All random numbers come from this key; all but the parameters may be updated.
+        # All random numbers come from this key. Every collection but the parameters is mutable.
         options = {"rngs": {"params": jax.random.key(0)}, "mutable": DenyList("params")}
         return call(functools.partial(model.apply, **options), variables, arrays)
 
     variables = jax.eval_shape(lambda arrays: call(model.init, jax.random.key(0), arrays), arrays)
     calls = _Calls((*_NORMS, *norms))
-    # JAX's caches have the names of axes in their keys: a new one, and no old trace is reused.
+    # JAX's caches have the names of axes in their keys, so a new name avoids old traces.
     trace = jax.make_jaxpr(apply, axis_env=[(f"wsbcn_flax_{next(_traces)}", 1)])
     with nn.intercept_methods(calls.intercept):
         jaxpr = trace(variables, arrays).jaxpr
@@ -127,10 +128,10 @@ def normalized_convolutions(
 
 
 def _kernels(variables: Mapping[str, Any]) -> dict[int, tuple[str, tuple[int, ...]]]:
-    """Paths and shapes of the parameters named kernel, by their number among all leaves."""
+    """Returns paths and shapes of parameters named kernel, by their number among all leaves."""
     kernels = {}
     for index, (keys, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(variables)):
-        # A box around an array adds a key of another kind.
+        # A box around an array, such as nn.Partitioned, adds a key of another kind.
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
         if names[0] == "params" and names[-1] == "kernel":
             kernels[index] = "/".join(names[1:]), leaf.shape
@@ -155,7 +156,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 class _Calls:
-    """Marks the outputs of convolutions and normalizations as they are called.
+    """An interceptor of module calls that marks outputs of convolutions and normalizations.
 
     Attributes:
         normalizations: Number of normalizations called so far.
@@ -172,7 +173,7 @@ class _Calls:
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
         module, caller = context.module, self._caller
-        self._count += module is not caller  # The same one calls its superclass's method.
+        self._count += module is not caller  # Else it calls its superclass's method.
         count, self._caller = self._count, module
         try:
             output = next_fun(*args, **kwargs)

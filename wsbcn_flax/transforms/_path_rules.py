@@ -14,10 +14,10 @@ PathPredicate = Callable[[str, jax.Array], bool]
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionKernel:
-    """The exact path and the layout of one convolution kernel, for a transform to take.
+    """The exact path and the layout of one convolution kernel that a transform is to take.
 
     ``normalized_convolutions`` returns a tuple of these. The path is taken literally: characters
-    that mean something in shell patterns do not here.
+    that are special in shell patterns have no special meaning here.
 
     Attributes:
         path: Path of the kernel in the parameters, such as "block1/conv2/kernel".
@@ -43,14 +43,14 @@ PathRule = None | str | Sequence[str | ConvolutionKernel] | PathPredicate
 
 
 class Selected(NamedTuple):
-    """A kernel that a rule takes: its path, output axis, and number of leading layer axes."""
+    """A kernel that a rule takes, as its path, output axis and number of leading layer axes."""
 
     path: str
     out_axis: int
     stacked_axes: int
 
 
-# Words that end the name of an output layer: bbox_pred, cls_score, rpn_cls, final_conv, Head_0.
+# Names of output layers, such as bbox_pred, cls_score, rpn_cls, final_conv and Head_0.
 _HEAD = re.compile(
     r"fc(_?\d+)?|"
     r"(.*_)?(heads?|outs?|outputs?|preds?|predictions?|predictors?|classifiers?|logits?|scores?"
@@ -121,7 +121,7 @@ def _match_entries(entries: Sequence[str | ConvolutionKernel], leaves: Leaves) -
 
 
 def _match(pattern: str, leaves: Leaves) -> list[str]:
-    """Leaves of rank 2 or more whose path, or whose module's path, the pattern matches."""
+    """Lists leaves of rank 2 or more whose path, or whose module's path, the pattern matches."""
     return [
         path
         for path, leaf in leaves.items()
@@ -135,11 +135,10 @@ def _match(pattern: str, leaves: Leaves) -> list[str]:
 def _is_normalized_convolution(
     path: str, leaves: Leaves, scales: Mapping[str, Sequence[str]], *, stacked_axes: int
 ) -> bool:
-    """Whether this looks like the kernel of a convolution that a normalization follows.
-
-    A tree of arrays does not say what follows what. Evidence is a missing bias, which people leave
-    out before a normalization, or a normalization beside the convolution in the same module.
-    """
+    """Returns whether this looks like a kernel of a convolution that a normalization follows."""
+    # A tree of arrays does not show the order of layers. The evidence is a missing bias, which
+    # people leave out before a normalization, or a normalization beside the convolution in the same
+    # module.
     module, _, name = path.rpartition("/")
     if not scales or name != "kernel" or leaves[path].ndim - stacked_axes < 3:
         return False
@@ -149,7 +148,7 @@ def _is_normalized_convolution(
 
 
 def _scales_by_scope(leaves: Leaves) -> dict[str, list[str]]:
-    """The scales of normalizations, by the module that holds the normalization."""
+    """Groups the scales of normalizations by the module that holds the normalization."""
     scales: dict[str, list[str]] = {}
     for path in leaves:
         if path.rpartition("/")[2] in _NORM_SCALES:
@@ -160,10 +159,8 @@ def _scales_by_scope(leaves: Leaves) -> dict[str, list[str]]:
 def _check_stacking(
     path: str, leaves: Leaves, scales: Mapping[str, Sequence[str]], stacked_axes: int
 ) -> None:
-    """Raises ValueError if the parameters around a kernel say that it stacks other layers.
-
-    A bias and a scale have one axis in one layer, so theirs count the axes that stack layers.
-    """
+    """Raises ValueError if the parameters around a kernel contradict ``stacked_axes``."""
+    # A bias or scale has one axis in one layer, so its further axes are those that stack layers.
     kernel = leaves[path]
     witnesses = _witnesses(path, leaves, scales)
     for other in witnesses:
@@ -187,7 +184,7 @@ def _check_stacking(
 
 
 def _witnesses(path: str, leaves: Leaves, scales: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """The kernel's bias, or else the scales in the nearest module around it that holds any."""
+    """Returns the kernel's bias, or else the scales in the nearest module around it."""
     if (bias := sibling(path, "bias")) in leaves:
         return [bias]
     scope = _parent(path)

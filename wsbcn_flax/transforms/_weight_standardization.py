@@ -24,43 +24,45 @@ _REMOVED = object()
 class WeightStandardization:
     """Weight Standardization of a plain model's parameters, for kernels chosen by a rule.
 
-    A pure function of the parameters: apply the model to its result and it computes what the same
-    model built from ``WSConv`` computes. Differentiate through it, or, for many micro-batches,
-    apply it once a step and pull the accumulated gradient back once (``make_train_step`` does). The
-    result is also the folded model for inference: plain layers, nothing left to standardize.
+    It is a pure function of the parameters. With its result the plain model computes the same as
+    the model built from ``WSConv``. Differentiate through it. For many micro-batches, apply it once
+    a step and pull the accumulated gradient back once, as ``make_train_step`` does. The result is
+    also the folded model for inference: plain layers, nothing left to standardize.
 
-    With a model at hand, ``where=normalized_convolutions(model, inputs)`` takes exactly the
-    convolutions that a normalization follows. Without one, the default rule guesses from the
-    names in the parameter tree: it takes the kernels (rank 3 or more, named ``kernel``) that have
-    no bias, or a normalization beside them in their module. It never takes a kernel in a
-    module named as an output is (head, fc, out, output, pred, classifier, logits, score, cls,
-    final and the like; also ``bbox_pred``, ``mask_out``, ``final_conv``, ``Head_0``), and nothing
-    from a tree without normalizations.
+    If you have the model, ``where=normalized_convolutions(model, inputs)`` takes exactly the
+    convolutions that a normalization follows. Otherwise the default rule guesses from the names in
+    the parameter tree. It takes kernels (rank 3 or more, named ``kernel``) that have no bias, or
+    have a normalization beside their layer in the same module. It never takes a kernel in a module
+    named as an output (head, fc, out, output, pred, classifier, logits, score, cls, final and the
+    like; also ``bbox_pred``, ``mask_out``, ``final_conv``, ``Head_0``). It takes nothing from a
+    tree without normalizations.
 
-    Where a kernel has a sibling named ``gain`` [out], as ``WSConv`` makes for presets with a
-    learnable gain, the kernel is multiplied by it and the gain is dropped; so are the two constants
-    of the preset "aws", with which a model trained without WS starts (``start_from_plain``).
+    A kernel may have a sibling named ``gain`` [out], which ``WSConv`` makes for presets with a
+    learnable gain. Then the kernel is multiplied by the gain, and the gain is dropped. The two
+    constants of the preset "aws" are applied and dropped too; ``start_from_plain`` sets them for a
+    model trained without WS.
 
-    Dictionaries come back as the kind they were (``FrozenDict`` and ``nnx.State`` too), and boxes
-    such as ``nn.Partitioned`` and ``nnx.Param`` with what they know. For an NNX model these are the
-    parameters that ``nnx.split(model, nnx.Param, ...)`` returns; numbers in lists are parts of a
-    path, such as "layers/0/kernel".
+    Dictionaries keep their kind (``FrozenDict`` and ``nnx.State`` too), and boxes such as
+    ``nn.Partitioned`` and ``nnx.Param`` keep their metadata. For an NNX model, pass the parameters
+    that ``nnx.split(model, nnx.Param, ...)`` returns. Numbers in lists are parts of a path, such as
+    "layers/0/kernel".
 
     Attributes:
         preset: Convention, as in ``standardize``.
-        where: Rule that chooses kernels. ``None`` is the default rule above. Otherwise the result
-            of ``normalized_convolutions``, a predicate ``(path, array) -> bool`` on paths such as
-            "block1/conv2/kernel", or shell patterns on the path of the kernel or of its module.
+        where: Rule that chooses kernels. ``None`` is the default rule above. Otherwise it is the
+            result of ``normalized_convolutions``, a predicate ``(path, array) -> bool``, or shell
+            patterns on the path of the kernel or of its module. A path is, for
+            example, "block1/conv2/kernel".
         out_axis: Axis of output channels, in one layer's kernel. For
             ``nn.ConvTranspose(transpose_kernel=True)`` use a second transform with -2. Kernels
-            from ``normalized_convolutions`` carry their own.
+            from ``normalized_convolutions`` carry their own output axis.
         stacked_axes: Number of leading axes that count separate layers, as ``nn.scan`` and
-            ``nn.vmap`` stack them: each layer is standardized by itself, and gains are
-            [layers, out]. Kernels from ``normalized_convolutions`` carry their own.
-        dtype: Dtype of the standardized kernels; defaults to that of the parameters.
+            ``nn.vmap`` stack them. Each layer is standardized by itself, and gains are
+            [layers, out]. Kernels from ``normalized_convolutions`` carry their own number.
+        dtype: Dtype of the standardized kernels; defaults to the dtype of the parameters.
 
     Raises:
-        TypeError, ValueError: For an unknown preset or a negative ``stacked_axes``; when called,
+        TypeError, ValueError: For an unknown preset or a negative ``stacked_axes``. When called,
             for a rule that matches nothing, a kernel that cannot be standardized, or a bias or
             normalization beside a kernel that contradicts ``stacked_axes``.
 
@@ -109,11 +111,11 @@ class WeightStandardization:
                 f"received {self.stacked_axes}."
             )
         if isinstance(self.where, list):
-            # Hashable, as what jax.jit compiles must be.
+            # A tuple is hashable, as jax.jit requires of a function that it compiles.
             object.__setattr__(self, "where", tuple(self.where))
 
     def __call__(self, params: Params) -> Params:
-        """Returns the parameters, with the kernels the rule takes standardized."""
+        """Returns the parameters, with the kernels that the rule takes standardized."""
         leaves = _flatten(params)
         arrays = _arrays(leaves)
         edits: dict[str, Any] = {}
@@ -132,14 +134,14 @@ class WeightStandardization:
         return _edit(params, edits)
 
     def paths(self, params: Mapping[str, Any]) -> list[str]:
-        """Returns the paths of the kernels the rule takes, to look at before training."""
+        """Returns the paths of the kernels that the rule takes, to check before training."""
         return [kernel.path for kernel in self._select(_arrays(_flatten(params)))]
 
     def with_gains(self, params: Params) -> Params:
-        """Returns a plain model's parameters with the gains its preset learns, all of them one.
+        """Returns a plain model's parameters with the gains that the preset learns, all one.
 
-        For the preset "aws" these are its constants, gains of one and shifts of zero. Without
-        either in the preset, returns the parameters as they are.
+        For the preset "aws" it adds the constants, gains of one and shifts of zero. For a preset
+        with neither gains nor constants it returns the parameters as they are.
         """
         added = resolve_rule(self.preset).channel_parameters
 
@@ -154,11 +156,11 @@ class WeightStandardization:
         return self._with_siblings(params, values) if added else params
 
     def start_from_plain(self, params: Params) -> Params:
-        """Returns parameters that were trained without WS, with which WS changes nothing yet.
+        """Returns parameters trained without WS, plus constants with which WS changes nothing yet.
 
-        For the preset "aws": its constants become each kernel's own standard deviation and mean, so
-        that the standardized kernels are the raw ones, to rounding, and the model computes what it
-        did. From there WS keeps each kernel's mean and scale while it is trained.
+        This is for the preset "aws". Its constants become each kernel's own standard deviation and
+        mean. So the standardized kernels are the raw ones, to rounding, and the model computes the
+        same as before. From then on WS keeps each kernel's mean and scale during training.
 
         Args:
             params: Raw parameters of a plain model, or of one with the preset "aws".
@@ -197,14 +199,14 @@ class WeightStandardization:
         return self._with_siblings(params, values)
 
     def _siblings(self) -> dict[str, str]:
-        """The parameters beside a kernel, by the argument of ``standardize`` that they are."""
+        """Maps arguments of ``standardize`` to the names of the parameters beside a kernel."""
         added = resolve_rule(self.preset).channel_parameters
         return {"gain": "gain", **{argument: name for argument, (name, _) in added.items()}}
 
     def _with_siblings(
         self, params: Params, values: Callable[[Selected, jax.Array], dict[str, jax.Array]]
     ) -> Params:
-        """The parameters with others beside each kernel that the rule takes."""
+        """Adds parameters beside each kernel that the rule takes."""
         leaves = _flatten(params)
         arrays = _arrays(leaves)
         edits: dict[str, Any] = {}
@@ -243,7 +245,7 @@ class WeightStandardization:
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by path, such as "block1/conv2/kernel"."""
+    """Returns the leaves of nested dictionaries by path, such as "block1/conv2/kernel"."""
     if not isinstance(params, Mapping):
         raise TypeError(
             "Parameters must be nested dictionaries of arrays, as model.init(...)['params'] is, or "
@@ -259,13 +261,13 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _arrays(leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays among the leaves, those in boxes included."""
+    """Returns the arrays among the leaves, including those in boxes."""
     contents = {path: jax.tree.leaves(leaf) for path, leaf in leaves.items()}
     return {path: c[0] for path, c in contents.items() if len(c) == 1 and hasattr(c[0], "ndim")}
 
 
 def _edit(params: Params, edits: Mapping[str, Any]) -> Params:
-    """The parameters with leaves replaced, added or removed; dictionaries keep their kind."""
+    """Replaces, adds or removes leaves of the parameters; dictionaries keep their kind."""
     by_module: dict[str, dict[str, Any]] = {}
     for path, leaf in edits.items():
         module, _, name = path.rpartition("/")
@@ -274,7 +276,7 @@ def _edit(params: Params, edits: Mapping[str, Any]) -> Params:
     def visit(node: Any, path: str) -> Any:
         if not isinstance(node, Mapping):
             return node
-        # A state's own dictionaries are plain; its items are views of them.
+        # An nnx.State holds plain dictionaries; its items are views of them.
         items = (node.raw_mapping if isinstance(node, nnx.State) else node).items()
         children = {name: visit(child, f"{path}/{name}") for name, child in items}
         children |= by_module.get(path.removeprefix("/"), {})

@@ -1,4 +1,4 @@
-"""Residual networks in NNX, whose parameters are those of ``wsbcn_flax.models``."""
+"""Residual networks in NNX with the same parameters as those of ``wsbcn_flax.models``."""
 
 from wsbcn_flax.nnx.models._blocks import BasicBlock, Bottleneck
 from wsbcn_flax.nnx.models._cifar_resnet import CifarResNet

@@ -1,4 +1,4 @@
-"""Residual blocks of two convolutions or three, each written out as its equation."""
+"""Residual blocks of two or three convolutions, each written out as its equation."""
 
 from typing import ClassVar
 
@@ -12,17 +12,18 @@ zeros = nnx.initializers.zeros
 
 
 class BasicBlock(nnx.Module):
-    """relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x)))))), the last scale starting at zero.
+    """A block relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x)))))).
 
-    The shortcut is the identity, or a 1x1 convolution and a normalization where the stride or the
-    number of features changes. The twin of ``wsbcn_flax.models.BasicBlock``.
+    The scale of ``norm2`` starts at zero. The shortcut is the identity, or a 1x1 convolution and a
+    normalization where the stride or the number of features changes. The block is the twin of
+    ``wsbcn_flax.models.BasicBlock``.
 
     Args:
         in_features: Number of input channels.
         features: Number of output channels.
         conv: Maker of a convolution, called like ``nnx.Conv``.
-        norm: Maker of a normalization, called with a number of channels, ``rngs`` and
-            ``scale_init``.
+        norm: Maker of a normalization, called with a number of channels and ``rngs``, and
+            ``scale_init`` for the last one.
         strides: Strides of the first convolution.
         rngs: Random streams.
 
@@ -72,10 +73,11 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """relu(shortcut(x) + norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x)))))))), 1x1, 3x3, 1x1.
+    """A block relu(shortcut(x) + norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x))))))))).
 
-    The 3x3 convolution has features / 4 * base_width / 64 channels in each of its groups, and the
-    stride. The last scale starts at zero. The shortcut is ``BasicBlock``'s. The twin of
+    The convolutions are 1x1, 3x3 and 1x1. The 3x3 convolution has the stride, and
+    features / 4 * base_width / 64 channels in each of its groups. The scale of ``norm3`` starts at
+    zero. The shortcut is ``BasicBlock``'s. The block is the twin of
     ``wsbcn_flax.models.Bottleneck``.
 
     Args:
@@ -84,8 +86,8 @@ class Bottleneck(nnx.Module):
         conv: Maker of a convolution, as in ``BasicBlock``.
         norm: Maker of a normalization, as in ``BasicBlock``.
         strides: Strides of the 3x3 convolution.
-        groups: Number of groups of the 3x3 convolution; more than one is ResNeXt's block.
-        base_width: Channels in a group of the 3x3 convolution where ``features`` is 256.
+        groups: Number of groups of the 3x3 convolution; more than one makes it ResNeXt's block.
+        base_width: Number of channels in a group of the 3x3 convolution if ``features`` is 256.
         rngs: Random streams.
 
     Raises:

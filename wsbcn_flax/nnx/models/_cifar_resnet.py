@@ -15,16 +15,15 @@ from wsbcn_flax.nnx.models._layers import LayerFactory, Stages, make_conv
 class CifarResNet(Stages):
     """The CIFAR residual network: a 3x3 stem, three stages of n blocks, average pooling, a head.
 
-    The twin of ``wsbcn_flax.models.CifarResNet`` with activation after the sum and without dropout;
-    ``load_variables`` takes its variables. ``train()`` and ``eval()`` set the mode.
+    It is the twin of ``wsbcn_flax.models.CifarResNet`` with activation after the sum and without
+    dropout. ``load_variables`` takes the twin's variables. ``train()`` and ``eval()`` set the mode.
 
     Args:
-        depth: Number of layers with weights, shortcuts not counted: 6n + 2, or 9n + 2 with
-            bottlenecks.
+        depth: Number of layers with weights, without shortcuts: 6n + 2, or 9n + 2 with bottlenecks.
         in_features: Number of channels of the images.
         num_classes: Number of classes; None returns the features of every stage, without a head.
         width: Number of channels of the stem.
-        features: Number of channels that the first stage's blocks return; ``width`` if None.
+        features: Number of channels that the first stage's blocks return; defaults to ``width``.
         stem_strides: Strides of the stem's convolution.
         block: Class of the blocks, ``BasicBlock``, ``Bottleneck`` or a partial of one.
         conv: Maker of a convolution: ``nnx.Conv``, ``WSConv`` or a partial of them.
@@ -34,9 +33,9 @@ class CifarResNet(Stages):
         rngs: Random streams.
 
     Raises:
-        TypeError: If the images are not floating-point; when called.
-        ValueError: For a depth that whole blocks do not make; when called, for images that are not
-            [B, H, W, C].
+        TypeError: When called, if the images are not floating-point.
+        ValueError: For a depth that no whole number of blocks gives. When called, for images that
+            are not [B, H, W, C].
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385

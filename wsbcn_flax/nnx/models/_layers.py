@@ -1,4 +1,4 @@
-"""Parts that all networks share: convolutions, stages of blocks, the head."""
+"""Parts that all networks share: convolutions, stages of blocks and the head."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class Stages(nnx.Module):
             self.head = nnx.Linear(in_features, num_classes, rngs=rngs)
 
     def after_stem(self, x: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-        """Logits of the stem's features x [B, H, W, C], or the features of every stage."""
+        """Maps the stem's features x [B, H, W, C] to logits, or to the features of every stage."""
         outputs = []
         for stage, size in enumerate(self.stage_sizes, start=1):
             for index in range(1, size + 1):
@@ -64,7 +64,7 @@ def make_conv(
     groups: int = 1,
     rngs: nnx.Rngs,
 ) -> Any:
-    """A convolution of size x size without bias, padded on every side as PyTorch pads it."""
+    """Makes a convolution of size x size without bias, padded on every side as in PyTorch."""
     return conv(
         in_features,
         features,

@@ -13,12 +13,13 @@ from wsbcn_flax.nnx.models._layers import LayerFactory, Stages, make_conv
 
 
 class ResNet(Stages):
-    """The ImageNet residual network: 7x7 stem, max pooling, stages of blocks, mean, a head.
+    """The ImageNet residual network: a 7x7 stem, max pooling, stages of blocks, mean, a head.
 
     ``ResNet18``, ``ResNet34``, ``ResNet50``, ``ResNet101``, ``ResNet152``, ``ResNeXt50_32x4d`` and
-    ``ResNeXt101_32x4d`` are partials of this class. The twin of ``wsbcn_flax.models.ResNet``
-    without dilations, frozen stages and padded images; ``load_variables`` takes its variables, and
-    so what ``import_checkpoint`` returns. ``train()`` and ``eval()`` set the mode.
+    ``ResNeXt101_32x4d`` are partials of this class. It is the twin of ``wsbcn_flax.models.ResNet``
+    without dilations, frozen stages and padded images. ``load_variables`` takes the twin's
+    variables, and so those that ``import_checkpoint`` returns. ``train()`` and ``eval()`` set the
+    mode.
 
     Args:
         stage_sizes: Number of blocks in each stage.
@@ -34,9 +35,9 @@ class ResNet(Stages):
         rngs: Random streams.
 
     Raises:
-        TypeError: If the images are not floating-point; when called.
-        ValueError: For a stage without blocks, or features that the block cannot have; when
-            called, for images that are not [B, H, W, C].
+        TypeError: When called, if the images are not floating-point.
+        ValueError: For a stage without blocks, or features that the block cannot have. When called,
+            for images that are not [B, H, W, C].
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;

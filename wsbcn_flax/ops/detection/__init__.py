@@ -1,4 +1,4 @@
-"""Pure functions of boxes, masks and feature maps for two-stage detection, of static shapes."""
+"""Pure functions with static shapes, of boxes, masks and maps, for two-stage detection."""
 
 from wsbcn_flax.ops.detection._anchors import pyramid_anchors
 from wsbcn_flax.ops.detection._boxes import box_area, box_iou, clip_boxes, trained_anchors

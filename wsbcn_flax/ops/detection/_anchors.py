@@ -24,11 +24,11 @@ def pyramid_anchors(
         level_hw: Height and width of every level's feature map.
         strides: Pixels of the image for one position, for every level.
         sizes: Side of the square anchor in pixels, for every level.
-        ratios: Height divided by width.
+        ratios: Ratios of an anchor's height to its width.
         convention: Convention of centers and rounding.
 
     Returns:
-        For every level [H * W * ratios, 4], xyxy in pixels, float32.
+        Anchors of every level, [H * W * ratios, 4], xyxy in pixels, float32.
 
     Raises:
         ValueError: If the numbers of levels differ.
@@ -55,7 +55,7 @@ def pyramid_anchors(
 
 
 def _base_anchors(stride, size, ratios, convention) -> np.ndarray:
-    """The anchors [ratios, 4] of the first position."""
+    """Returns the anchors [ratios, 4] of the first position."""
     if convention.anchor_rounding == "at_stride":
         width = np.round(np.sqrt(stride**2 / ratios))
         sides = np.stack([width, np.round(width * ratios)], -1) * (size / stride)

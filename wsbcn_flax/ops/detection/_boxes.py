@@ -11,7 +11,7 @@ def box_area(boxes: jax.Array, *, convention: BoxConvention = TORCHVISION) -> ja
     """Computes width x height in square pixels; 0 for boxes whose corners are out of order.
 
     Args:
-        boxes: [..., 4], xyxy in pixels.
+        boxes: Boxes [..., 4], xyxy in pixels.
         convention: Convention of widths.
 
     Returns:
@@ -36,15 +36,15 @@ def box_iou(a: jax.Array, b: jax.Array, *, convention: BoxConvention = TORCHVISI
     Pairs without any area have IoU 0. Gradients are finite everywhere.
 
     Args:
-        a: [N, 4], xyxy in pixels.
-        b: [M, 4], xyxy in pixels.
+        a: Boxes [N, 4], xyxy in pixels.
+        b: Boxes [M, 4], xyxy in pixels.
         convention: Convention of widths.
 
     Returns:
         IoU [N, M] from 0 to 1, float32.
 
     Raises:
-        ValueError: If an array is not a list of boxes.
+        ValueError: If an array does not have shape [N, 4].
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,7 +59,7 @@ def box_iou(a: jax.Array, b: jax.Array, *, convention: BoxConvention = TORCHVISI
 
 
 def pairwise_iou(a: jax.Array, b: jax.Array, *, convention: BoxConvention) -> jax.Array:
-    """IoU [..., N, M] of boxes [4, ..., N] and [4, ..., M]: coordinates first, for vector units."""
+    """Computes IoU [..., N, M] of boxes [4, ..., N] and [4, ..., M], laid out for vector units."""
     a, b, pixel = a[..., :, None], b[..., None, :], convention.pixel
     low = (jnp.maximum(a[i], b[i]) for i in (0, 1))
     high = (jnp.minimum(a[i], b[i]) for i in (2, 3))
@@ -81,7 +81,7 @@ def clip_boxes(
     """Moves corners that lie outside the image onto its border.
 
     Args:
-        boxes: [..., 4], xyxy in pixels.
+        boxes: Boxes [..., 4], xyxy in pixels.
         image_hw: Height and width of the image in pixels, [2].
         convention: Convention of the largest coordinate.
 
@@ -111,7 +111,7 @@ def trained_anchors(
     """Flags the anchors that a convention trains: all, or those inside the image.
 
     Args:
-        anchors: [..., 4], xyxy in pixels.
+        anchors: Anchors [..., 4], xyxy in pixels.
         image_hw: Height and width of the image in pixels, [2].
         convention: Convention of anchors that cross the border.
 
@@ -137,7 +137,7 @@ def trained_anchors(
 
 
 def _limits(image_hw, dtype) -> jax.Array:
-    """Width, height, width, height."""
+    """Returns width, height, width, height."""
     image_hw = jnp.asarray(image_hw, dtype)
     if image_hw.shape != (2,):
         raise ValueError(

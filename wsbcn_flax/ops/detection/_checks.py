@@ -7,7 +7,7 @@ from wsbcn_flax.ops._checks import statistics_dtype
 
 
 def as_boxes(boxes: jax.typing.ArrayLike, name: str, *, rank: int | None = None) -> jax.Array:
-    """Boxes [..., 4] in float32 or wider.
+    """Converts boxes [..., 4] to float32 or wider.
 
     Raises:
         ValueError: If the last axis is not 4, or the rank is not the given one.
@@ -23,7 +23,7 @@ def as_boxes(boxes: jax.typing.ArrayLike, name: str, *, rank: int | None = None)
 
 
 def as_valid(valid: jax.typing.ArrayLike | None, shape: tuple[int, ...], name: str) -> jax.Array:
-    """A boolean mask of the shape; all true for None.
+    """Returns a boolean mask of the given shape; all true for None.
 
     Raises:
         ValueError: If the mask has another shape.

@@ -24,12 +24,12 @@ def class_nms(
     """Flags the boxes that ``nms`` keeps within every class.
 
     Args:
-        boxes: [N, K, 4], one box for each class, xyxy in pixels.
-        scores: [N, K].
+        boxes: Boxes [N, K, 4], one for each class, xyxy in pixels.
+        scores: Scores [N, K].
         iou_threshold: Largest IoU of two boxes of a class that are both kept.
-        valid: Flags [N, K], or None for all.
-        classes_at_a_time: Classes that share a pass; more need more memory.
-        block: Boxes in a tile's side.
+        valid: Flags [N, K] of valid boxes, or None for all.
+        classes_at_a_time: Number of classes that share a pass; more classes need more memory.
+        block: Number of boxes along a tile's side.
         convention: Convention of widths.
 
     Returns:
@@ -54,7 +54,7 @@ def class_nms(
     )
 
     def grouped(x):
-        """Classes first, padded and split: [groups, classes_at_a_time, N, ...]."""
+        """Puts classes first, pads and splits them: [groups, classes_at_a_time, N, ...]."""
         x = jnp.swapaxes(x, 0, 1)
         x = jnp.pad(x, [(0, -classes % classes_at_a_time)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(-1, classes_at_a_time, *x.shape[1:])

@@ -11,7 +11,7 @@ from wsbcn_flax.ops.detection._conventions import TORCHVISION, BoxConvention
 Weights = tuple[float, float, float, float]
 
 _LARGEST_GROWTH = math.log(1000 / 16)  # Of a side, from a reference to a decoded box.
-_SMALLEST_SIDE = 1e-3  # Pixels: keeps degenerate boxes and their gradients finite.
+_SMALLEST_SIDE = 1e-3  # In pixels; keeps degenerate boxes and their gradients finite.
 
 
 def encode_boxes(
@@ -25,11 +25,11 @@ def encode_boxes(
 
         dx = wx (cx - cx_ref) / w_ref        dw = ww log(w / w_ref)
 
-    with centers (cx, cy), widths w and heights h; dy and dh are the same along y. Sides count as
-    0.001 pixels at least, so degenerate boxes give finite offsets and gradients.
+    with centers (cx, cy), widths w and heights h; dy and dh are the same along y. Sides count as at
+    least 0.001 pixels, so degenerate boxes give finite offsets and gradients.
 
     Args:
-        boxes: [..., 4], xyxy in pixels.
+        boxes: Boxes [..., 4], xyxy in pixels.
         references: Anchors or proposals, of the same shape.
         weights: Factors (wx, wy, ww, wh) of the offsets.
         convention: Convention of widths.
@@ -75,7 +75,7 @@ def decode_boxes(
 ) -> jax.Array:
     """Moves and scales references by offsets; the inverse of ``encode_boxes``.
 
-    No side grows by more than 1000 / 16 times: dw and dh are cut off at its logarithm.
+    No side grows by more than 1000 / 16 times: dw and dh are cut off at the logarithm of this.
 
     Args:
         deltas: Offsets (dx, dy, dw, dh), [..., 4].

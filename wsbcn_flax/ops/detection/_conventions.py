@@ -1,4 +1,4 @@
-"""Where published detectors disagree about boxes, as two presets."""
+"""Conventions of boxes in which published detectors differ, as two presets."""
 
 import dataclasses
 from typing import Literal
@@ -10,12 +10,14 @@ class BoxConvention:
 
     Attributes:
         pixel: Pixels added to x2 - x1 and y2 - y1 to obtain a width and a height. It is 1 where x2
-            and y2 are the last pixel of a box, else 0. Boxes are clipped to the image less it.
-        anchor_rounding: Whether anchor sides are rounded at the size of the stride and then scaled,
-            around the stride's center ("at_stride"), or at their own size around 0 ("at_size").
+            and y2 are the last pixel of a box, else 0. Boxes are clipped to the image size minus
+            ``pixel``.
+        anchor_rounding: Rounding of anchor sides. "at_stride" rounds them at the size of the stride
+            and then scales them around the stride's center. "at_size" rounds them at their own size
+            around 0.
         border_anchors: Whether anchors that cross the border of the image are trained.
-        proposals_per: Whether the final number of training proposals is that of a device's batch or
-            of an image.
+        proposals_per: Scope of the final number of training proposals, a device's batch ("device")
+            or an image ("image").
         box_beta: Width of the quadratic part of the box head's smooth L1 loss.
 
     Raises:

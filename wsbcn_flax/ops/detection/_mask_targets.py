@@ -21,17 +21,17 @@ def mask_targets(
 ) -> jax.Array:
     """Resamples masks in the frames of their boxes onto the grids of RoIs.
 
-    A mask of M x M covers its own box, as the host rasterizes a polygon, so that it needs little
-    memory. The target is 1 where the bilinear sample at a bin's center is at least 0.5. It is 0
-    outside the box. There is no gradient.
+    A mask of M x M covers only its own box, so that it needs little memory. The host rasterizes
+    polygons in this way. The target is 1 where the bilinear sample at a bin's center is at least
+    0.5. It is 0 outside the box. There is no gradient.
 
     Args:
-        masks: [G, M, M], from 0 to 1, for example uint8.
+        masks: Masks [G, M, M], from 0 to 1, for example uint8.
         boxes: Frames of the masks [G, 4], xyxy in pixels.
-        rois: [R, 4], xyxy in pixels; they count as one pixel wide and high at least.
+        rois: RoIs [R, 4], xyxy in pixels; they count as at least one pixel wide and high.
         index: Mask of each RoI, [R].
-        size: Bins along each side of a RoI.
-        valid: Flags [R], or None for all. Other RoIs give zeros.
+        size: Number of bins along each side of a RoI.
+        valid: Flags [R] of valid RoIs, or None for all. Other RoIs give zeros.
         convention: Convention of the boxes' widths.
 
     Returns:
@@ -79,17 +79,17 @@ def bitmap_targets(
     size: int = 28,
     valid: jax.Array | None = None,
 ) -> jax.Array:
-    """Averages bitmaps of the whole image in the bins of RoIs, as torchvision's targets.
+    """Averages bitmaps of the whole image in the bins of RoIs, as torchvision does for targets.
 
     This is RoIAlign with ceil(side / size) samples along a side of a bin and no half-pixel shift.
     RoIs must not be larger than the image. There is no gradient.
 
     Args:
-        bitmaps: [G, H, W], from 0 to 1.
-        rois: [R, 4], xyxy in pixels.
+        bitmaps: Bitmaps [G, H, W], from 0 to 1.
+        rois: RoIs [R, 4], xyxy in pixels.
         index: Bitmap of each RoI, [R].
-        size: Bins along each side of a RoI.
-        valid: Flags [R], or None for all. Other RoIs give zeros.
+        size: Number of bins along each side of a RoI.
+        valid: Flags [R] of valid RoIs, or None for all. Other RoIs give zeros.
 
     Returns:
         Values from 0 to 1, [R, size, size], float32.
@@ -112,7 +112,7 @@ def bitmap_targets(
     rois = jnp.where(valid[:, None], rois, 0)
 
     def weights(start, end, pixels):
-        """Weights [size, pixels] of an axis; the number of samples depends on the RoI."""
+        """Returns weights [size, pixels] of an axis; the RoI sets the number of samples."""
         step = jnp.maximum(end - start, 1) / size
         count = jnp.ceil(step)
         sample = jnp.arange(-(-pixels // size), dtype=rois.dtype)[None]
@@ -131,6 +131,6 @@ def bitmap_targets(
 
 
 def _resample(masks, rows, columns):
-    """Weighs the rows and columns of masks [R, H, W] by [R, P, H] and [R, Q, W]."""
+    """Weights the rows and columns of masks [R, H, W] by [R, P, H] and [R, Q, W]."""
     masks = masks.astype(rows.dtype)
     return jnp.einsum("rph,rhw,rqw->rpq", rows, masks, columns, precision=lax.Precision.HIGHEST)

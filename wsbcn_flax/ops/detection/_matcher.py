@@ -1,4 +1,4 @@
-"""Which ground-truth box each anchor or proposal answers for."""
+"""Matching of anchors or proposals to ground-truth boxes."""
 
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ class Matches(NamedTuple):
 
     Attributes:
         index: Ground-truth box of largest IoU, the first of equals, [A], int32.
-        positive: Flags [A] of references that answer for it.
-        negative: Flags [A] of references that are background. Neither flag: ignored.
+        positive: Flags [A] of references that are matched to this box.
+        negative: Flags [A] of references that are background. References with neither flag are
+            ignored.
     """
 
     index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # the field's own name
@@ -40,13 +41,15 @@ def match_boxes(
 ) -> Matches:
     """Matches anchors or proposals to ground-truth boxes by IoU.
 
-    A reference is positive if its largest IoU reaches ``positive_iou``, and negative if that is
-    below ``negative_iou``. With ``low_quality`` the best references of every ground-truth box are
-    positive too, all that tie, unless nothing overlaps it. As in the published detectors they
-    answer for their own best box, which may be another one. There is no gradient.
+    A reference is positive if its largest IoU reaches ``positive_iou``, and negative if this IoU is
+    below ``negative_iou``. With ``low_quality`` the best references of every ground-truth box that
+    some reference overlaps are positive too, all of them if several tie. As in the published
+    detectors, they are matched to their own best box, which may be another one. There is no
+    gradient.
 
-    Without any valid ground truth every reference is negative. Authors who ignore anchors at the
-    border match them first: combine both flags with ``trained_anchors`` afterwards.
+    Without any valid ground truth every valid reference is negative. Authors who ignore anchors at
+    the border match them first. To do the same, combine both flags with ``trained_anchors``
+    afterwards.
 
     Args:
         references: Anchors or proposals [A, 4], xyxy in pixels.
@@ -55,7 +58,8 @@ def match_boxes(
         negative_iou: Smallest IoU that is not negative; at most ``positive_iou``.
         low_quality: Whether every ground-truth box gets its best references.
         valid: Flags [G] of ground truth that is not padding, or None for all.
-        reference_valid: Flags [A]; other references have neither flag and are nobody's best.
+        reference_valid: Flags [A] of valid references, or None for all. Other references have
+            neither flag and are never a box's best.
         convention: Convention of widths.
 
     Returns:
@@ -96,7 +100,8 @@ def match_boxes(
     def overlaps(references, reference_valid):
         iou = box_iou(boxes, references, convention=convention)
         iou = jnp.where(valid[:, None] & reference_valid[None], iou, -1)
-        # A second pass finds ties by equality; its own fusion of the formula might round otherwise.
+        # A second pass finds ties by equality. Without the barrier, XLA might fuse the formula
+        # differently there, with other rounding.
         return lax.optimization_barrier(iou)
 
     def best(block):

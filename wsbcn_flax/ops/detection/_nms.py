@@ -27,15 +27,16 @@ def nms(
     threshold. Of equal scores the earlier box comes first, and NaN counts as the lowest. The result
     is exact for every ``block``, the side of a tile of the IoU matrix. There is no gradient.
 
-    Leading axes are independent problems. Blocks that are invalid in all of them cost nothing;
+    Leading axes are independent problems. Blocks that are invalid in all of them cost nothing.
     ``jax.vmap`` gives the same result more slowly.
 
     Args:
-        boxes: [..., N, 4], xyxy in pixels.
-        scores: [..., N].
+        boxes: Boxes [..., N, 4], xyxy in pixels.
+        scores: Scores [..., N].
         iou_threshold: Largest IoU of two boxes that are both kept.
-        valid: Flags [..., N]; other boxes are neither kept nor suppress. None for all.
-        block: Boxes in a tile's side; N or more computes the whole matrix at once.
+        valid: Flags [..., N] of valid boxes; None for all. Other boxes are not kept and suppress
+            none.
+        block: Number of boxes along a tile's side; N or more computes the whole matrix at once.
         convention: Convention of widths.
 
     Returns:
@@ -72,7 +73,7 @@ def nms(
 
 
 def _nms(boxes, scores, valid, iou_threshold, block, convention):
-    """Suppression for boxes [K, N, 4], block after block of the boxes sorted by score."""
+    """Suppresses boxes [K, N, 4], one block of the boxes sorted by score after another."""
     count = scores.shape[-1]
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), axis=-1, stable=True)
     padding = [(0, 0), (0, -count % block)]
@@ -97,16 +98,14 @@ def _nms(boxes, scores, valid, iou_threshold, block, convention):
         return lax.dynamic_update_slice_in_dim(keep, alive, i * block, -1)
 
     last = jnp.max(jnp.any(alive, 0) * (1 + jnp.arange(alive.shape[1])))
-    blocks = (last + block - 1) // block  # Up to the last that holds a valid box.
+    blocks = (last + block - 1) // block  # Up to the last block that holds a valid box.
     keep = lax.fori_loop(0, blocks, settle, alive)
     return jnp.zeros_like(valid).at[jnp.arange(len(order))[:, None], order].set(keep[:, :count])
 
 
 def _settle_block(overlap, alive):
-    """Greedy suppression within a block, as the fixed point of keep = alive & ~(hit by kept).
-
-    Each pass settles at least one more box, the next in order; in practice ten passes suffice.
-    """
+    """Suppresses greedily within a block: the fixed point of keep = alive & ~(hit by kept)."""
+    # Each pass settles at least one more box, the next in order; in practice ten passes suffice.
     overlap = jnp.triu(overlap, 1)  # The earlier box suppresses.
 
     def unsettled(state):
@@ -121,10 +120,8 @@ def _settle_block(overlap, alive):
 
 
 def _any_hit(overlap, keep):
-    """Whether a kept box [K, N] overlaps each of M boxes, from flags [K, N, M].
-
-    XLA for CPU reduces over N 8 times as fast as it would over a last axis (jaxlib 0.10.2).
-    """
+    """Returns whether a kept box [K, N] overlaps each of M boxes, from flags [K, N, M]."""
+    # XLA for CPU reduces over N 8 times as fast as it would over a last axis (jaxlib 0.10.2).
     return jnp.any(overlap & keep[:, :, None], 1)
 
 
@@ -133,6 +130,6 @@ def _overlaps(a, b, *, threshold, convention):
 
 
 def _exact_threshold(threshold: float, dtype) -> np.ndarray:
-    """The largest number of the dtype up to the threshold: nothing lies between the two."""
+    """Returns the largest number of the dtype up to the threshold; none lies between the two."""
     rounded = np.asarray(threshold, dtype)
     return rounded if float(rounded) <= threshold else np.nextafter(rounded, np.asarray(0, dtype))

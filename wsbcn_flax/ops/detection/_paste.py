@@ -1,4 +1,4 @@
-"""Predicted masks in the image, on the host."""
+"""Pasting of predicted masks into the image, on the host."""
 
 import math
 
@@ -15,17 +15,17 @@ def paste_mask(
 ) -> np.ndarray:
     """Resizes a mask to its box and pastes it into an empty image, in NumPy.
 
-    The mask, with zeros around it, is interpolated bilinearly. Only pixels inside box and image
-    are computed.
+    The mask, with zeros around it, is interpolated bilinearly. Only pixels that the box, grown by a
+    cell of the mask, reaches in the image are computed.
 
     Args:
         mask: Probabilities [M, M].
-        box: [4], xyxy in pixels of the image.
+        box: Box [4], xyxy in pixels of the image.
         image_hw: Height and width of the image in pixels.
         threshold: Probability above which a pixel belongs to the mask.
-        rounded: Whether the box, grown by a cell of the mask, is cut off to whole pixels, of which
-            the last counts, as in the authors' code and in torchvision. It shifts edges by up to
-            one pixel. Otherwise the mask is interpolated at the centres of the pixels, which is
+        rounded: Whether the box, grown by a cell of the mask, is cut off to whole pixels, including
+            the last one. The authors' code and torchvision do this, which shifts edges by up to one
+            pixel. Otherwise the mask is interpolated at the centres of the pixels, which is
             detectron2's correction.
 
     Returns:
@@ -62,10 +62,10 @@ def paste_mask(
 
 
 def _in_whole_pixels(low, high, *, cells: int, pixels: int) -> tuple[slice, np.ndarray]:
-    """The pixels that a box reaches, and the weights of a mask's cells in each of them."""
+    """Returns the pixels that a box reaches, and the weights of a mask's cells in each pixel."""
     center, half = (high + low) * np.float32(0.5), (high - low) * np.float32(0.5)
     half = half * np.float32((cells + 2) / cells)
-    # Truncated towards zero, as both references do.
+    # Truncate towards zero, as both references do.
     first, last = int(center - half), int(center + half)
     reached = range(pixels)[max(first, 0) : max(last + 1, 0)]
     source = (np.array(reached) - first + 0.5) * ((cells + 2) / max(last - first + 1, 1)) - 0.5
@@ -75,7 +75,7 @@ def _in_whole_pixels(low, high, *, cells: int, pixels: int) -> tuple[slice, np.n
 
 
 def _at_centres(low, high, *, cells: int, pixels: int) -> tuple[slice, np.ndarray]:
-    """As ``_in_whole_pixels``, for interpolation at the centres of pixels."""
+    """Returns the same as ``_in_whole_pixels``, to interpolate at the centres of pixels."""
     cell = max(float(high - low), 1e-6) / cells
     start, stop = math.floor(low - cell), math.ceil(high + cell)
     reached = range(pixels)[max(start, 0) : max(stop, 0)]

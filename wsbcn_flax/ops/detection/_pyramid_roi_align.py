@@ -33,17 +33,17 @@ def pyramid_roi_align(
 
     Args:
         pyramid: Features [B, H, W, C] of every level, from the finest on.
-        boxes: [B, N, 4], xyxy in pixels of the image.
+        boxes: Boxes [B, N, 4], xyxy in pixels of the image.
         strides: Stride of every level; each is twice the one before.
-        output_size: Bins along y and x, or one number for both.
-        samples: Samples along each side of a bin.
-        aligned: As in ``roi_align``.
-        valid: Flags [B, N], or None for all. Other boxes give zeros.
-        implementation: As in ``roi_align``.
+        output_size: Number of bins along y and x, or one number for both.
+        samples: Number of samples along each side of a bin.
+        aligned: Position of pixel centers, as in ``roi_align``.
+        valid: Flags [B, N] of valid boxes, or None for all. Other boxes give zeros.
+        implementation: Name of the implementation, as in ``roi_align``.
         convention: Convention of areas, which choose the levels.
 
     Returns:
-        [B, N, bins, bins, C], in the dtype of the features.
+        Pooled features [B, N, bins, bins, C], in the dtype of the features.
 
     Raises:
         ValueError: If a shape or an option is wrong.
@@ -100,10 +100,10 @@ def roi_levels(
 
         level = floor(4 + log2(sqrt(area) / 224 + 1e-6))
 
-    where level l has stride 2^l; clipped to the levels that exist.
+    where level l has stride 2^l. The result is clipped to the levels that exist.
 
     Args:
-        boxes: [..., 4], xyxy in pixels of the image.
+        boxes: Boxes [..., 4], xyxy in pixels of the image.
         strides: Stride of every level, powers of two; each is twice the one before.
         convention: Convention of areas.
 

@@ -35,23 +35,23 @@ def roi_align(
     in reverse mode.
 
     Both implementations give the same numbers. "gather" reads the neighbours of every point.
-    "einsum" multiplies by weights of rows and columns, without a gather or scatter, at the cost of
+    "einsum" multiplies by weights of rows and columns. It needs no gather or scatter, but processes
     a whole map for each box. "auto" takes "einsum" on TPU and "gather" elsewhere.
 
     Args:
-        features: [B, H, W, C], floating-point.
-        boxes: [R, 4], xyxy in pixels of the image.
+        features: Feature maps [B, H, W, C], floating-point.
+        boxes: Boxes [R, 4], xyxy in pixels of the image.
         image_index: Image of each box, from 0 to B - 1, [R].
-        output_size: Bins along y and x, or one number for both.
+        output_size: Number of bins along y and x, or one number for both.
         spatial_scale: Pixels of the map for one pixel of the image, for example 1 / 4.
-        samples: Samples along each side of a bin.
+        samples: Number of samples along each side of a bin.
         aligned: Whether pixel centers are at 0.5, as in torchvision's ``aligned=True``. Otherwise
             they are at 0, and boxes are at least one pixel of the map wide and high.
-        valid: Flags [R], or None for all. Other boxes give zeros.
-        implementation: "auto", "gather" or "einsum".
+        valid: Flags [R] of valid boxes, or None for all. Other boxes give zeros.
+        implementation: Name of the implementation: "auto", "gather" or "einsum".
 
     Returns:
-        [R, bins, bins, C], in the dtype of ``features``; sums are float32 or wider.
+        Pooled features [R, bins, bins, C], in the dtype of ``features``; sums are float32 or wider.
 
     Raises:
         ValueError: If a shape or an option is wrong.
@@ -77,7 +77,7 @@ def roi_align(
             f"{boxes.shape}."
         )
     valid = as_valid(valid, boxes.shape[:1], "valid")
-    # Whatever invalid boxes hold, 0 times it must be 0.
+    # Invalid boxes may hold NaN, and 0 times NaN is not 0.
     boxes = jnp.where(valid[:, None], boxes, 0)
     image_index = jnp.clip(image_index, 0, len(features) - 1)
     rois = Rois(boxes, image_index, jnp.zeros_like(image_index), valid)
@@ -95,7 +95,7 @@ def roi_align(
 
 
 def dispatch(implementation: str, gather: Callable, einsum: Callable, pyramid, rois) -> jax.Array:
-    """Applies the chosen one of two functions of (pyramid, rois).
+    """Applies the chosen one of two functions to (pyramid, rois).
 
     Raises:
         ValueError: For an unknown choice.

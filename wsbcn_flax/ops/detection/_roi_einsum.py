@@ -10,16 +10,16 @@ from jax import lax
 from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.ops.detection._roi_samples import Grid, Rois, axis_weights
 
-_CHUNK = 64  # RoIs at a time: they hold [chunk, rows, W, C] numbers.
+_CHUNK = 64  # RoIs at a time; together they hold [chunk, rows, W, C] numbers.
 
 
 def einsum_roi_align(
     pyramid: Sequence[jax.Array], rois: Rois, *, scales: Sequence[float], grid: Grid
 ) -> jax.Array:
-    """Pooled features [R, rows, columns, C] of maps [B, H, W, C] and RoIs [R].
+    """Pools maps [B, H, W, C] in RoIs [R] to features [R, rows, columns, C].
 
-    Bilinear weights are a product of one for the row and one for the column. RoIs of other images
-    and levels have rows of weight zero.
+    A bilinear weight is the product of one for the row and one for the column. In images and levels
+    other than its own, a RoI's rows have weight zero.
     """
     dtype = pyramid[0].dtype
     count = len(rois.level)

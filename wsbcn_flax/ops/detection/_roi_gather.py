@@ -15,9 +15,9 @@ from wsbcn_flax.ops.detection._roi_samples import Grid, Rois, corners
 def gather_roi_align(
     pyramid: Sequence[jax.Array], rois: Rois, *, scales: Sequence[float], grid: Grid
 ) -> jax.Array:
-    """Pooled features [R, rows, columns, C] of maps [B, H, W, C] and RoIs [R].
+    """Pools maps [B, H, W, C] in RoIs [R] to features [R, rows, columns, C].
 
-    All maps are rows of one array, so that each RoI reads from its own with one offset.
+    The positions of all maps are rows of one array, so that one offset points a RoI to its map.
     """
     dtype = pyramid[0].dtype
     flat = jnp.concatenate([f.reshape(-1, f.shape[-1]) for f in pyramid])
@@ -40,17 +40,15 @@ def _per_roi(x):
 
 
 def _terms_first(x):
-    """[2, R, bins, samples] as [2 * samples, R, bins]: both neighbours of each sample."""
+    """Reshapes both neighbours of samples, [2, R, bins, samples] to [2 * samples, R, bins]."""
     return jnp.moveaxis(x, -1, 0).reshape(x.shape[0] * x.shape[-1], *x.shape[1:-1])
 
 
 @jax.custom_vjp
 def _weighted_rows(flat, row, column, row_weight, column_weight):
-    """Sums rows of flat [S, C] over all pairs of terms, of row [T, R, P] and column [T, R, Q].
-
-    The gradient is written out: JAX's own, of a sum of gathers, adds an array of flat's size for
-    every pair.
-    """
+    """Sums rows of flat [S, C] over all pairs of terms of row [T, R, P] and column [T, R, Q]."""
+    # The gradient is written out, since JAX's own gradient of a sum of gathers adds an array of
+    # flat's size for every pair.
     terms = _terms(row, column, row_weight, column_weight)
     return functools.reduce(
         jnp.add, (flat.at[i].get(mode="promise_in_bounds") * weight for i, weight in terms)
@@ -58,7 +56,7 @@ def _weighted_rows(flat, row, column, row_weight, column_weight):
 
 
 def _terms(row, column, row_weight, column_weight):
-    """Indices [R, P, Q] and weights [R, P, Q, 1] of every pair of terms."""
+    """Yields indices [R, P, Q] and weights [R, P, Q, 1] for every pair of terms."""
     for i, j in itertools.product(range(len(row)), range(len(column))):
         index = row[i][:, :, None] + column[j][:, None, :]
         weight = row_weight[i][:, :, None] * column_weight[j][:, None, :]
@@ -66,7 +64,7 @@ def _terms(row, column, row_weight, column_weight):
 
 
 def _forward(flat, *terms):
-    return _weighted_rows(flat, *terms), (flat[:, :0], terms)  # Only the number of rows.
+    return _weighted_rows(flat, *terms), (flat[:, :0], terms)  # Keeps only the number of rows.
 
 
 def _backward(residuals, dy):

@@ -1,4 +1,4 @@
-"""Where RoIAlign looks: sampling points along an axis, and bilinear weights of points."""
+"""RoIAlign's sampling points along an axis, and their bilinear weights."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 
 class Rois(NamedTuple):
-    """Regions of interest, and the maps that they look at.
+    """Regions of interest, and the maps that they are pooled from.
 
     Attributes:
-        boxes: [R, 4], xyxy in pixels of the image.
-        image: Image of each, [R].
-        level: Level of the pyramid of each, [R].
-        valid: Flags [R]; others give zeros.
+        boxes: Boxes [R, 4], xyxy in pixels of the image.
+        image: Image of each RoI, [R].
+        level: Pyramid level of each RoI, [R].
+        valid: Flags [R] of valid RoIs; others give zeros.
     """
 
     boxes: jax.Array
@@ -23,7 +23,7 @@ class Rois(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Bins along y and x, samples along a side of a bin, and where pixel centers are."""
+    """A grid of bins: their number along y and x, samples along a bin's side, pixel centers."""
 
     rows: int
     columns: int
@@ -32,7 +32,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def checked(cls, output_size: int | tuple[int, int], samples: int, aligned: bool) -> "Grid":
-        """The grid of these options.
+        """Returns the grid of these options.
 
         Raises:
             ValueError: If a number is not positive.
@@ -45,7 +45,7 @@ class Grid(NamedTuple):
         return cls(rows, columns, samples, aligned)
 
     def points(self, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sampling points of boxes [R, 4] in pixels of the map: y [R, rows, samples], and x."""
+        """Returns y [R, rows, samples] and x of the points in boxes [R, 4], all in map pixels."""
         x1, y1, x2, y2 = boxes.T
         return (
             sample_points(y1, y2, bins=self.rows, samples=self.samples, aligned=self.aligned),
@@ -56,10 +56,10 @@ class Grid(NamedTuple):
 def sample_points(
     start: jax.Array, end: jax.Array, *, bins: int, samples: int, aligned: bool
 ) -> jax.Array:
-    """Points [R, bins, samples] of intervals [R], all in pixels of a feature map.
+    """Returns points [R, bins, samples] of intervals [R], all in pixels of a feature map.
 
-    ``aligned`` puts the center of pixel 0 at 0.5; otherwise it is at 0 and an interval is at least
-    1 long.
+    ``aligned`` puts the center of pixel 0 at 0.5. Otherwise the center is at 0 and an interval is
+    at least 1 long.
     """
     if aligned:
         start, end = start - 0.5, end - 0.5
@@ -71,9 +71,9 @@ def sample_points(
 
 
 def corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both neighbours [2, R, ...] of points [R, ...] on axes of size [R], and their weights.
+    """Returns both neighbours [2, R, ...] of points [R, ...] on axes of size [R], and weights.
 
-    Points up to one pixel outside the axis are clamped to it; others have weight 0.
+    Points up to one pixel outside the axis are clamped to it; those further away have weight 0.
     """
     size = size.reshape(-1, *[1] * (points.ndim - 1))
     inside = (points >= -1) & (points <= size)
@@ -85,15 +85,15 @@ def corners(points: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def axis_weights(points: jax.Array, size: int) -> jax.Array:
-    """Weights [..., size] of an axis' pixels in bilinear samples at points [...].
+    """Returns weights [..., size] of an axis' pixels in bilinear samples at points [...].
 
-    Points up to one pixel outside the axis are clamped to it; others have weight 0.
+    Points up to one pixel outside the axis are clamped to it; those further away have weight 0.
     """
     inside = (points >= -1) & (points <= size)
     return tent(jnp.clip(points, 0, size - 1), size) * inside[..., None]
 
 
 def tent(points: jax.Array, size: int) -> jax.Array:
-    """Weights max(0, 1 - |point - i|), [..., size], of pixels i; beyond the axis they fade to 0."""
+    """Returns max(0, 1 - |point - i|) [..., size] for pixels i; it fades to 0 beyond the axis."""
     pixels = jnp.arange(size, dtype=points.dtype).reshape(*[1] * points.ndim, size)
     return jnp.maximum(1 - jnp.abs(points[..., None] - pixels), 0)

@@ -1,4 +1,4 @@
-"""Random samples of positives and negatives, of a fixed size."""
+"""Random samples of a fixed number of positives and negatives."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from jax import lax
 
 
 class Samples(NamedTuple):
-    """A fixed number of slots, positives first.
+    """Sampled references in a fixed number of slots, positives first.
 
     Attributes:
         index: Sampled reference of each slot, [size], int32; 0 in empty slots.
         positive: Flags [size] of slots that hold a positive.
-        valid: Flags [size] of slots that hold anything.
+        valid: Flags [size] of slots that are not empty.
     """
 
     index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # the field's own name
@@ -31,9 +31,9 @@ def sample_matches(
     ``max_positives`` slots.
 
     Args:
-        key: Key of this image: fold its index into the key of the step.
-        positive: Flags [A].
-        negative: Flags [A], of other references.
+        key: Random key of this image; fold the image's index into the key of the step.
+        positive: Flags [A] of positives.
+        negative: Flags [A] of negatives, none of which is positive.
         size: Number of slots.
         max_positives: Largest number of positives, up to ``size``.
 
@@ -62,7 +62,7 @@ def sample_matches(
     if not 0 <= max_positives <= size:
         raise ValueError(f"max_positives must be from 0 to {size}, received {max_positives}.")
     count = len(positive)
-    # In (0, 1]; 0 stands for references that may not be drawn.
+    # Ranks lie in (0, 1]; 0 stands for references that may not be drawn.
     rank = 1 - jax.random.uniform(key, (count,))
     drawn, index = lax.top_k(jnp.where(positive, rank, 0), min(max_positives, count))
     chosen = jnp.zeros(count, bool).at[index].set(drawn > 0)
