@@ -1,4 +1,4 @@
-"""Every public layer and model, with what it takes to run it, for the tests all must pass."""
+"""Catalogue of every public layer and model, and of calls to them, for tests that all must pass."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ class Entry:
 
     @functools.cached_property
     def variables(self):
-        """Variables with every leaf, zero scales included, moved from where it starts."""
+        """Variables with every parameter, even zero scales, moved from its initial value."""
         init = functools.partial(self.make(None).init, **self.call)
         variables = dict(jax.jit(init)(jax.random.key(0), self.example()))
         leaves, structure = jax.tree.flatten(variables["params"])
@@ -58,11 +58,11 @@ class Entry:
 
     @property
     def returns_logits(self) -> bool:
-        """Whether it is a network, whose output is float32 or wider in any dtype."""
+        """Whether the module is a network, whose output is float32 or wider in any dtype."""
         return "train" in self.call
 
     def apply(self, variables, x, *, dtype=None):
-        """Trains on one batch, always dropping the same: the output, and the variables after it."""
+        """Calls the module in training with a fixed dropout key; returns output and variables."""
         y, updates = self.make(dtype).apply(
             variables,
             x,
@@ -248,5 +248,5 @@ CATALOGUE: dict[str, Entry] = {
     ),
 }
 
-# The other networks are made of these blocks, but for DenseNet.
+# The other networks, except DenseNet, are made of these blocks.
 PARTS = {n: e for n, e in CATALOGUE.items() if n == "vgg" or not e.returns_logits}

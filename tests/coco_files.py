@@ -11,7 +11,7 @@ CATEGORIES = [{"id": 3, "name": "square"}, {"id": 17, "name": "triangle"}, {"id"
 
 
 def polygon(kind: int, x: float, y: float, w: float, h: float) -> list[list[float]]:
-    """The segmentation of an object of a category, which fills its box."""
+    """Returns the polygons of an object of category ``kind`` that extends over its whole box."""
     return {
         3: [[x, y, x + w, y, x + w, y + h, x, y + h]],
         17: [[x, y, x + w, y + h, x, y + h]],
@@ -23,7 +23,7 @@ def polygon(kind: int, x: float, y: float, w: float, h: float) -> list[list[floa
 
 
 def coco_content(count: int = 6, *, seed: int = 0, sizes: Any = ((40, 60), (60, 40))) -> dict:
-    """An annotation file's content: 1 to 3 objects on each image, image 10 + i of ``sizes[i]``."""
+    """Makes an annotation file with 1 to 3 objects on each image; image 10 + i has ``sizes[i]``."""
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for index in range(count):
@@ -50,7 +50,7 @@ def coco_content(count: int = 6, *, seed: int = 0, sizes: Any = ((40, 60), (60, 
 
 
 def write_coco(folder: Path, content: dict) -> Path:
-    """Writes the file and an image for each entry that has a name; returns the file's path."""
+    """Writes the file, and an image for each entry with a file name; returns the file's path."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(content["images"]):
         pixels = smooth_image(image["height"], image["width"], seed=index)

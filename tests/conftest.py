@@ -7,19 +7,22 @@ import os
 import pathlib
 import time
 
-# Tests spend their time compiling programs that run once: LLVM's optimizations, and the emitters
-# that count on them, cost several times what they save. XLA's own passes, which decide fusions and
-# collectives, run as ever.
+# Tests mostly compile programs that run once. For these, LLVM's optimizations and the emitters that
+# rely on them cost several times what they save. XLA's own passes, which decide fusions and
+# collectives, run as usual.
+# Each flag once: workers inherit them, and the compilation cache's keys depend on them.
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ]
-).strip()
+    dict.fromkeys(
+        [
+            *os.environ.get("XLA_FLAGS", "").split(),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+    )
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiled programs are shared by workers, by the processes that tests start, and by later runs.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".cache" / "jax")
@@ -30,7 +33,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes many objects that live on; looking through them a hundred times less saves a tenth.
+# Tracing makes many long-lived objects; collecting garbage 100 times less often saves a tenth.
 gc.set_threshold(100_000, 20, 50)
 
 
@@ -39,7 +42,7 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):
         return
     for program in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # Another run may have dropped it.
+        with contextlib.suppress(FileNotFoundError):  # Another run may have removed it.
             if program.stat().st_atime < time.time() - 7 * 24 * 3600:
                 program.unlink()
 
@@ -50,13 +53,13 @@ def _release_programs():
     yield
     jax.clear_caches()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # A C library without it.
+    with contextlib.suppress(OSError, AttributeError):  # Some C libraries lack malloc_trim.
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
 def traced_anew():
-    """Forgets what was traced, for a test that patches what ops call, and again after it."""
+    """Clears traces before and after a test that patches functions which ops call."""
     jax.clear_caches()
     yield
     jax.clear_caches()

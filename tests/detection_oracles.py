@@ -1,4 +1,4 @@
-"""Operations of detection, written once more as plain float64 loops, and torchvision's results."""
+"""Oracles of detection: its operations as plain float64 loops, and torchvision's results."""
 
 import math
 import pathlib
@@ -9,7 +9,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "detection_ops.npz"
 
 
 def golden(prefix):
-    """Arrays that torchvision 0.29.1 computed, by what follows the prefix in their name."""
+    """Loads arrays that torchvision 0.29.1 computed, by their names without ``prefix``."""
     with np.load(GOLDEN) as archive:
         return {
             name.removeprefix(prefix): archive[name]
@@ -19,7 +19,7 @@ def golden(prefix):
 
 
 def random_boxes(seed, count, *, extent=100.0, side=30.0):
-    """Boxes [count, 4] of many sides and shapes; some cross the border of the extent."""
+    """Makes boxes [count, 4] of many sides and shapes; some cross the border of the extent."""
     rng = np.random.default_rng(seed)
     center = rng.uniform(0, extent, (count, 2))
     half = side * np.exp(rng.normal(0, 0.5, (count, 2))) / 2
@@ -27,7 +27,7 @@ def random_boxes(seed, count, *, extent=100.0, side=30.0):
 
 
 def iou(a, b, pixel=0):
-    """IoU of two boxes."""
+    """Computes the IoU of two boxes."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
     def area(x1, y1, x2, y2):
@@ -39,7 +39,7 @@ def iou(a, b, pixel=0):
 
 
 def nms(boxes, scores, threshold, pixel=0):
-    """Greedy suppression, one box at a time; returns flags."""
+    """Suppresses boxes greedily, one at a time; returns flags."""
     keep = np.zeros(len(boxes), bool)
     for i in np.argsort(-np.asarray(scores), kind="stable"):
         keep[i] = all(iou(boxes[i], boxes[j], pixel) <= threshold for j in np.flatnonzero(keep))
@@ -47,7 +47,7 @@ def nms(boxes, scores, threshold, pixel=0):
 
 
 def roi_align(image, box, size, *, spatial_scale, samples, aligned):
-    """RoIAlign of one box over one image [H, W, C], sample by sample; None adapts their number."""
+    """Applies RoIAlign to one box and image [H, W, C]; ``samples=None`` adapts their number."""
     image = np.asarray(image, np.float64)
     x1, y1, x2, y2 = np.asarray(box, np.float64) * spatial_scale - (0.5 if aligned else 0)
     least = -math.inf if aligned else 1
@@ -62,7 +62,7 @@ def roi_align(image, box, size, *, spatial_scale, samples, aligned):
 
 
 def bilinear(image, y, x):
-    """The image at a point: clamped up to one pixel outside, zero beyond."""
+    """Interpolates the image at a point: clamped up to one pixel outside, zero beyond."""
     height, width = image.shape[:2]
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0

@@ -10,7 +10,7 @@ CLASSES = ("n01440764", "n01443537", "n02099601")
 
 
 def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
-    """The file of an image, or of its pixels, uint8 ``[H, W]`` or ``[H, W, 3]``."""
+    """Encodes an image, or its pixels, uint8 ``[H, W]`` or ``[H, W, 3]``, as a file."""
     file = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(file, kind, **options)
@@ -18,7 +18,7 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> byt
 
 
 def smooth_image(height: int, width: int, *, seed: int = 0) -> np.ndarray:
-    """Waves so slow that all ways to resize them agree: uint8 ``[H, W, 3]``."""
+    """Makes an image, uint8 ``[H, W, 3]``, so smooth that all ways to resize it agree."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width, :1][:2] / max(height, width)
     fy, fx, phase = rng.uniform(3, 12, 3), rng.uniform(3, 12, 3), rng.uniform(0, 6, 3)

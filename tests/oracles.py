@@ -1,4 +1,4 @@
-"""Formulas of the papers, written once more in plain numpy or autodiff, to test against."""
+"""Oracles for tests: formulas of the papers in plain numpy or autodiff."""
 
 import functools
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def batch_channel_norm(
     epsilon=1e-5,
     affine=(1.0, 0.0, 1.0, 0.0),
 ) -> Bcn:
-    """The definition, in as many passes as it has words; the last two of affine are [C] here."""
+    """Computes the definition step by step; the last two entries of ``affine`` are [C]."""
     x, mean, var = (np.asarray(a, np.float64) for a in (x, mean, var))
     batch_scale, batch_bias, channel_scale, channel_bias = affine
     over = tuple(range(x.ndim - 1))
@@ -64,7 +64,7 @@ def batch_channel_norm(
 
 
 def relative_error(actual, expected) -> float:
-    """The largest error relative to the largest value expected; NaN counts as infinite."""
+    """Returns the largest error divided by the largest expected value; NaN counts as infinite."""
     actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / np.abs(expected).max()
@@ -72,23 +72,23 @@ def relative_error(actual, expected) -> float:
 
 
 def tree_relative_error(actual, expected) -> float:
-    """The largest ``relative_error`` over the leaves of two trees of one structure."""
+    """Returns the largest ``relative_error`` over the leaves of two trees of one structure."""
     return max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected)))
 
 
 def relative_difference(one, other) -> float:
-    """The largest over all arrays of max |a - b| / max |a|; arrays of zeros may stay so."""
+    """Returns the largest max |a - b| / max |a| over all arrays; both may be all zeros."""
     scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
     return max(jax.tree.leaves(scaled))
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    """Standard normal numbers that do not depend on the default dtype."""
+    """Draws standard normal numbers that do not depend on the default dtype."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_vjp(function: Callable, primals: tuple, cotangent) -> tuple:
-    """The function's value, and the cotangent pulled back to each primal, compiled as one."""
+    """Returns the function's value and the pulled-back cotangent, in one compiled program."""
     value, vjp = jax.vjp(function, *primals)
     return value, vjp(cotangent)

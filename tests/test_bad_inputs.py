@@ -1,4 +1,4 @@
-"""Every mistake people make gets the right exception, with the rule and what was received."""
+"""Every likely mistake raises the right exception, with the rule and the received values."""
 
 from collections.abc import Callable
 from typing import NamedTuple

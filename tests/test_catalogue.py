@@ -30,7 +30,7 @@ def entry(request):
 
 @pytest.fixture(scope="module")
 def step(entry):
-    """The compiled training step, of which a second trace is an error."""
+    """The compiled training step; tracing it twice is an error."""
     chex.clear_trace_counter()
     return jax.jit(chex.assert_max_traces(entry.apply, n=1))
 
@@ -45,13 +45,13 @@ def loss_fn(entry):
 
 
 def strict_promotion(entry):
-    """Refuses operations that leave it to JAX which dtype wins, as Flax's normalizations do."""
+    """Forbids implicit dtype promotion, except for normalizations, since Flax's use it."""
     return jax.numpy_dtype_promotion("standard" if "scale" in entry.params else "strict")
 
 
 @pytest.fixture(scope="module")
 def gradients(entry, loss_fn):
-    """A function of x and dtype: gradients of parameters and x, the output, the variables after."""
+    """A function (x, dtype) -> (gradients of parameters and x, (output, new variables))."""
     grad = jax.jit(jax.grad(loss_fn, argnums=(0, 2), has_aux=True), static_argnums=3)
 
     def gradients(x, dtype=None):
@@ -63,7 +63,7 @@ def gradients(entry, loss_fn):
 
 @pytest.fixture(scope="module")
 def in_float32(entry, gradients):
-    # Without JAX's caches of traces, which is slow; of whole networks the test below checks them.
+    # Checking leaks disables trace caches, which is slow; a test below checks whole networks.
     with jax.checking_leaks() if entry in PARTS.values() else contextlib.nullcontext():
         return gradients(entry.example())
 
@@ -73,7 +73,7 @@ def stack(trees):
 
 
 def test_every_public_layer_and_model_is_in_the_catalogue():
-    """Modules themselves; named networks are partials of one that is here."""
+    """The catalogue has all modules; named networks are partials of these."""
     public = [getattr(package, name) for package in (layers, models) for name in package.__all__]
     classes = {made for made in (getattr(p, "func", p) for p in public) if isinstance(made, type)}
     modules = {made.__name__ for made in classes if issubclass(made, nn.Module)}
@@ -81,7 +81,7 @@ def test_every_public_layer_and_model_is_in_the_catalogue():
 
 
 def test_names_of_parameters_and_statistics(entry):
-    """The names that checkpoints are made of."""
+    """Checkpoints depend on these names."""
     shapes = jax.eval_shape(
         functools.partial(entry.make(None).init, **entry.call), jax.random.key(0), entry.example()
     )
@@ -111,7 +111,7 @@ def test_vmap_and_pmap_equal_a_loop(entry, step, transformation):
 
 @each_part
 def test_scan_equals_a_loop_that_carries_the_statistics_and_compiles_once(entry, step):
-    """The state that comes out has the types, weak ones included, of the state that goes in."""
+    """The new state has the same types as the old one, weak types included."""
     variables = entry.variables
     batches = [entry.example(seed=seed) for seed in (1, 2, 3)]
 
@@ -146,7 +146,7 @@ def test_remat_changes_no_gradient(entry, loss_fn, in_float32):
 
 
 def check_half_precision(entry, in_float32, dtype, y, after):
-    """Finite, near float32, in the dtype asked for, with the state still in float32."""
+    """Checks that the output is finite, near float32's, in ``dtype``; the state is float32."""
     _, (expected, _) = in_float32
     chex.assert_tree_all_finite((y, after))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, entry.variables)
@@ -171,13 +171,13 @@ def test_float64(entry):
             for dtype in (jnp.float64, jnp.float32)
         )
         y, _ = jax.jit(entry.apply)(wide, entry.example(jnp.float64))
-        # Dropout drops others where JAX's numbers have 32 bits.
+        # Also under enable_x64, since dropout drops other values with 32-bit random numbers.
         expected, _ = jax.jit(entry.apply)(single, entry.example())
     np.testing.assert_allclose(expected, y, atol=1e-4 * float(np.abs(y).max()))
 
 
 def test_whole_networks_in_other_dtypes(entry, in_float32):
-    """Numbers of the output in bfloat16, dtypes alone in float64; of parts, dtypes alone.
+    """In bfloat16 networks have the right values, in float64 everything has the right dtypes.
 
     No tracer leaks.
     """

@@ -1,4 +1,4 @@
-"""A lock holds against a real second process, and dies with its owner."""
+"""A folder's lock keeps out a real second process, and ends with its owner."""
 
 import fcntl
 import re
@@ -40,7 +40,7 @@ def test_a_second_process_is_refused_in_one_line_that_names_the_first(owner, tmp
 
 @pytest.mark.parametrize("end", ["kill", "return"])
 def test_an_owner_that_ended_is_none(end, owner, tmp_path):
-    """Its process number, which stays in the file, may be another process's by now."""
+    """The owner's process number, which stays in the file, may now belong to another process."""
     if end == "kill":
         owner.send_signal(signal.SIGKILL)
     owner.communicate()

@@ -32,7 +32,7 @@ def test_python_blocks_run_in_order_and_print_their_comments(page, capsys, monke
     printed = capsys.readouterr().out.splitlines()
     comments = re.findall(r"^ *print\(.*\)  # (.*)$", code, flags=re.MULTILINE)
     expected = [line for comment in comments for line in comment.split("; ")]
-    if page.parent.name == "tutorials":  # The site shows what else they print.
+    if page.parent.name == "tutorials":  # They print more, which the site shows.
         printed = [line for line in printed if line in expected]
     assert printed == expected
 
@@ -45,7 +45,7 @@ def test_every_command_named_exists(page):
 
 
 def anchors(page):
-    """The fragments that GitHub and mkdocs make of a page's headings."""
+    """Yields the link fragments that GitHub and mkdocs make from a page's headings."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for heading in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE):
         yield re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")

@@ -1,4 +1,4 @@
-"""Imports go one way, packages say what they export, and importing them is cheap."""
+"""Packages import only lower packages, declare what they export, and are cheap to import."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ import pytest
 import wsbcn_flax
 
 ROOT = pathlib.Path(wsbcn_flax.__file__).parents[1]
-# What each package may import of this library, besides itself.
+# The packages of this library that each package may import, besides itself.
 MAY_IMPORT = {
     "wsbcn_flax.ops": set(),
     "wsbcn_flax.layers": {"ops"},
@@ -33,11 +33,11 @@ PACKAGES = [
     "wsbcn_flax.nnx.models",
     *MAY_IMPORT,
 ]
-BY_NAME = ["models", "nnx", "tasks", "data", "training"]  # What `import wsbcn_flax` leaves alone.
+BY_NAME = ["models", "nnx", "tasks", "data", "training"]  # `import wsbcn_flax` imports none.
 
 
 def imported(path):
-    """Full names of the modules a file imports anywhere, relative ones resolved."""
+    """Yields full names of all modules that a file imports, with relative ones resolved."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def imported(path):
 
 
 def ruff_order(name):
-    """Constants, then classes, then functions, each by name with its numbers as numbers."""
+    """Sorts constants, then classes, then functions, each by name with numbers as numbers."""
     parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     return not name.isupper(), not name[0].isupper(), parts
 
@@ -90,7 +90,7 @@ def test_import_order_has_no_cycle():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_all_is_what_the_package_imports(package):
-    """Complete, sorted as ruff sorts it, resolving, documented."""
+    """``__all__`` is complete, resolves, and is sorted as by ruff; its classes are documented."""
     module = importlib.import_module(package)
     tree = ast.parse(pathlib.Path(module.__file__).read_text())
     names = {
@@ -129,7 +129,7 @@ def test_networks_and_loops_are_imported_by_name(modules_after):
 
 
 def test_importing_is_cheap(modules_after):
-    """Nothing heavy comes with the library that does not come with flax.linen."""
+    """The library imports no heavy package that flax.linen does not import."""
     heavy = {
         "tensorflow",
         "tensorflow_datasets",

@@ -1,7 +1,7 @@
-"""The authors' residual networks in PyTorch, from the papers' definitions, to test imports against.
+"""Reference for checkpoint imports: the authors' networks in PyTorch, after the papers.
 
-`python tests/torch_resnet.py` (with torch) writes the golden logits that
-`test_checkpoints.py` compares with where torch is not installed.
+`python tests/torch_resnet.py` (with torch) writes the golden logits, with which
+`test_checkpoints.py` compares where torch is not installed.
 """
 
 import functools
@@ -19,19 +19,19 @@ NAMES = ("R-50-GN-WS", "X-50-32x4d-GN-WS", "R-50-BCN-WS", "resnet18")
 
 @functools.cache
 def images() -> np.ndarray:
-    # So faint that the epsilon of the stem's normalization counts.
+    # Values are so small that the epsilon of the stem's normalization matters.
     return 0.001 * np.random.RandomState(1).normal(size=(2, 96, 96, 3)).astype(np.float32)
 
 
 @functools.cache
 def random_variables(name):
-    """The arrays that are imported of ``random_state_dict``."""
+    """Returns the variables imported from ``random_state_dict``."""
     return import_checkpoint(random_state_dict(name), name)
 
 
 def random_state_dict(name):
-    """Arrays in PyTorch's layout, every kind of them away from where it starts."""
-    # Of this generator, unlike default_rng, numpy promises the numbers for good.
+    """Makes arrays in PyTorch's layout, none of them at its initial values."""
+    # numpy guarantees that the numbers of this generator, unlike default_rng's, never change.
     rng = np.random.RandomState(0)
     arrays = export_checkpoint(numbered_variables(name), name)
     return {
@@ -47,7 +47,7 @@ def _random(rng, leaf, shape):
     if leaf == "running_var":
         return 10 ** rng.uniform(-2, 0, size=shape)
     if leaf == "weight" and len(shape) == 4:
-        # Channels from large to tiny: else the next normalization hides the epsilon of WS.
+        # Channels are large to tiny; otherwise the next normalization hides the epsilon of WS.
         channels = 10 ** rng.uniform(-3, 0, size=(shape[0], 1, 1, 1))
         return numbers * np.sqrt(2 / np.prod(shape[1:])) * channels
     if leaf == "weight" and len(shape) != 2:
@@ -56,7 +56,7 @@ def _random(rng, leaf, shape):
 
 
 def numbered_variables(name):
-    """Variables whose numbers tell where they are: within an array, all of them differ."""
+    """Makes variables whose values identify their place; all values of an array differ."""
     leaves = {
         entry.path: (i + np.arange(entry.array.size).reshape(entry.array.shape)).astype(np.float32)
         for i, entry in enumerate(_entries(name))
@@ -65,7 +65,7 @@ def numbered_variables(name):
 
 
 def logits(name: str) -> np.ndarray:
-    """PyTorch's logits of the images in float64, with the random arrays, in evaluation."""
+    """Computes PyTorch's logits of the images in float64 evaluation, with the random arrays."""
     import torch
 
     model = make_model(name)
@@ -77,7 +77,7 @@ def logits(name: str) -> np.ndarray:
 
 
 def make_model(name):
-    """A module whose state dict has the published keys."""
+    """Makes a module whose state dict has the published keys."""
     import torch
     from torch import nn
     from torch.nn import functional

@@ -1,4 +1,4 @@
-"""Tiny files in the very formats in which Fashion-MNIST and CIFAR are published."""
+"""Tiny files in the formats in which Fashion-MNIST and CIFAR are published."""
 
 import gzip
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 
 from wsbcn_flax.data import _load
 
-# Names in each archive: of its file, the members of each split, and the members' entries.
+# For each archive: its file; the members of each split; the metadata, and keys of labels and names.
 CIFAR = {
     "cifar10": (
         "cifar-10-python.tar.gz",
@@ -47,7 +47,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def write_cifar(folder: Path, name: str, monkeypatch, *, seed: int = 0) -> Splits:
-    """Writes an archive of 7 images a member, and has its MD5 taken for the published one."""
+    """Writes an archive of 7 images per member, and makes its MD5 count as the published one."""
     rng, classes = np.random.default_rng(seed), CLASSES[name]
     archive, members, (meta, labels_key, names_key) = CIFAR[name]
     class_names = [b"class_%d" % number for number in range(classes)]
@@ -79,7 +79,7 @@ def write_archive(path: Path, members: dict[str, bytes]) -> None:
 
 
 def pickle_dict(values: dict[bytes, object]) -> bytes:
-    """A pickle as Python 2 and its numpy wrote them: strings of bytes, arrays by old names."""
+    """Makes a pickle like those of Python 2 and its numpy: byte strings, arrays by old names."""
     items = b"".join(_pickle(item) for pair in values.items() for item in pair)
     return b"\x80\x02}(" + items + b"u."
 

@@ -1,4 +1,4 @@
-"""Random crops and flips against slow ones, random-resized crops against torchvision's."""
+"""Random crops and flips match slow versions, random resized crops match torchvision's."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def test_every_choice_is_as_frequent():
     for transform in (RandomCrop(padding=1), RandomFlip()):
         element = transform.random_map(element, rng)
     _, counts = np.unique(element["image"], axis=0, return_counts=True)
-    # 18 choices of 1,000 each, standard deviation 31.
+    # There are 18 outcomes, each expected 1,000 times with standard deviation 31.
     assert len(counts) == 18
     assert np.abs(counts - 1000).max() < 5 * 31
 
@@ -99,7 +99,7 @@ def test_crops_lie_in_the_image_and_keep_the_bounds(height, width):
     assert (top + h).max() <= height
     assert (left + w).max() <= width
     share, ratio = h * w / (height * width), w / h
-    # Sides are rounded to whole pixels, areas and ratios follow.
+    # Sides are rounded to whole pixels, which changes areas and ratios.
     slack = 1 / h.min() + 1 / w.min()
     assert share.min() >= 0.08 * (1 - slack)
     assert share.max() <= 1
@@ -109,7 +109,7 @@ def test_crops_lie_in_the_image_and_keep_the_bounds(height, width):
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_crops_are_distributed_as_torchvisions(height, width):
-    """Two samples of 4,000: the largest gap between distributions, by Kolmogorov and Smirnov."""
+    """A Kolmogorov-Smirnov test of two samples of 4,000 crops."""
     count = 4000
     rng = random.Random(1)
     expected = np.array([torchvision_box(height, width, rng) for _ in range(count)])

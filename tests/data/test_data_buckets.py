@@ -1,4 +1,4 @@
-"""Batches of several shapes: what they hold, and what they must not depend on."""
+"""Batches of several shapes: their content, and their independence of hosts and resumption."""
 
 import contextlib
 import itertools
@@ -31,7 +31,7 @@ TRAIN = (*PREPARE, RandomFlipObjects(), *PAD)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """14 images, of which 10 are wide."""
+    """14 images, 10 of which are wide."""
     folder = tmp_path_factory.mktemp("coco")
     sizes = [(40, 60), (40, 50), (60, 40), (40, 40), (30, 70)]
     sizes += [(40, 60), (70, 30)]
@@ -87,7 +87,7 @@ def test_batches_are_what_a_detector_takes(sources):
 
 
 def test_shares_are_exact_and_every_image_is_seen_as_often(sources):
-    """Of 14 batches 10 are wide: 40 wide images, which is 4 epochs of 10; 16 tall ones of 4."""
+    """14 batches have 40 wide images, which is 4 epochs of 10, and 16 tall ones, 4 epochs of 4."""
     batches = take(28, sources)
     wide = [batch["image"].shape[2] == 36 for batch in batches]
     assert (sum(wide[:14]), sum(wide[14:])) == (10, 10)

@@ -1,4 +1,4 @@
-"""COCO's metrics of the truth and of worse detections, against pycocotools."""
+"""COCO's metrics of the ground truth and of worse detections equal those of pycocotools."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ TRANSFORMS = (
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Seven images, one with a crowd that covers all of it, one with nothing."""
+    """An annotation file of seven images, one covered by a crowd and one without objects."""
     content = coco_content(7)
     crowd = {**copy.deepcopy(content["annotations"][0]), "id": 7, "iscrowd": 1}
     height, width = (content["images"][0][key] for key in ("height", "width"))
@@ -50,7 +50,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(file):
-    """The truth as if it were detected, in batches of 4, the last one filled up."""
+    """Detections equal to the ground truth, in batches of 4; the last batch is padded."""
     source = load_coco(file, file.parent / "images", keep_empty=True)
     batches = list(eval_batches(source, batch_size=4, example=TRANSFORMS))
     assert [batch["mask"].sum() for batch in batches] == [4, 3]
@@ -61,7 +61,7 @@ def truth(file):
 
 
 def worse(batches, seed=0):
-    """Some are missing, some moved, some of another class, some made up."""
+    """Returns detections of which some are missing, moved, of another class, or invented."""
     rng = np.random.default_rng(seed)
     batches = copy.deepcopy(batches)
     for batch in batches:
@@ -82,7 +82,7 @@ def score(file, batches, **options):
 
 
 def test_the_truth_is_found_perfectly(file, truth):
-    """Objects are all small, as COCO has it."""
+    """All objects are small by COCO's definition."""
     names = {"AP", "AP50", "AP75", "AP_small", "AR"}
     metrics = score(file, truth)
     assert metrics == dict.fromkeys({f"{k}_{n}" for k in ("box", "mask") for n in names}, 1.0)
@@ -132,7 +132,7 @@ def test_results_are_in_the_original_image(file, truth, tmp_path):
 
 def test_the_last_pixel_of_a_box_belongs_to_it(file, truth):
     last = copy.deepcopy(truth)
-    for batch in last:  # one pixel of the original image less
+    for batch in last:  # Boxes are one pixel of the original image smaller.
         sizes = np.array([(60, 40) if h < w else (40, 60) for h, w in batch["image_hw"]])
         ratios = batch["image_hw"][:, ::-1] / np.where(batch["mask"][:, None], sizes, 1)
         batch["boxes"][..., 2:] -= ratios[:, np.newaxis].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Image files to pixels: every kind of file in ImageNet, sizes, files that are no images."""
+"""Decoding of image files: every kind of file in ImageNet, sizes, files that are not images."""
 
 import io
 import sys
@@ -114,7 +114,7 @@ def test_shrinking_averages_areas(size):
 
 
 def average_intervals(values, count):
-    """The averages of a step function over equal intervals, by its integral."""
+    """Averages a step function over equal intervals, by its integral."""
     integral = np.concatenate([[0], values.cumsum()])
     ends = np.linspace(0, len(values), count + 1)
     return np.diff(np.interp(ends, range(len(integral)), integral)) * count / len(values)
@@ -129,7 +129,7 @@ def test_growing_interpolates(size):
 
 
 def pillow_crop(pixels, image_size, resize, shift=0):
-    """torchvision's Resize and CenterCrop, by Pillow; the crop perhaps off by some pixels."""
+    """Applies torchvision's Resize and CenterCrop with Pillow; ``shift`` moves the crop."""
     height, width = pixels.shape[:2]
     if height <= width:
         size = (int(resize * width / height), resize)
@@ -150,7 +150,7 @@ def test_central_crops_are_pillows(size):
     difference = np.abs(crop - pillow_crop(pixels, 224, 256))
     assert difference.mean() < 1
     assert difference.max() <= 4
-    # A crop one pixel off is another one.
+    # A negative control: a crop that is one pixel off differs more.
     assert np.abs(crop - pillow_crop(pixels, 224, 256, shift=1)).mean() > 2 * difference.mean()
 
 

@@ -167,7 +167,7 @@ def test_rejects_splits(data_dir, split, message):
 def test_nowhere_says_both_ways_and_both_folders_serve(tmp_path, monkeypatch):
     monkeypatch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path / "ours"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "theirs"))
-    (tmp_path / "ours" / "imagenet").mkdir(parents=True)  # An empty folder is none.
+    (tmp_path / "ours" / "imagenet").mkdir(parents=True)  # An empty folder does not count.
     with pytest.raises(DatasetNotFoundError) as caught:
         load_split("imagenet", "train")
     message = str(caught.value)

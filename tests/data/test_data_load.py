@@ -1,4 +1,4 @@
-"""load_split: slices, where it looks, and errors that say what to do."""
+"""load_split: slices, the places where it looks, and errors that say what to do."""
 
 import functools
 import io
@@ -22,7 +22,7 @@ REPOSITORY = Path(wsbcn_flax.__file__).parents[1]
 
 
 def test_slices_and_sums():
-    """Of a split in memory; those of encoded images are tested with image folders."""
+    """This is for a split in memory; slices of encoded images are tested with image folders."""
     whole, part, test = (load_split("digits", split) for split in ("train", "train[:90%]", "test"))
     np.testing.assert_array_equal(part.images, whole.images[:1293])
     np.testing.assert_array_equal(part.labels, whole.labels[:1293])
@@ -77,11 +77,11 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name, module, 
 
 
 class TestFashionMnistFiles:
-    """Where the idx files are looked for."""
+    """The places where the idx files are looked for."""
 
     @pytest.fixture(autouse=True)
     def debian_folder(self, tmp_path, monkeypatch):
-        """Stands in for the folder of Debian's package, whether that is installed or not."""
+        """Replaces the folder of Debian's package, whether it is installed or not."""
         folder = tmp_path / "debian"
         dataset = DATASETS["fashion"]._replace(folders=("downloads/manual", str(folder)))
         monkeypatch.setitem(DATASETS, "fashion", dataset)
@@ -113,7 +113,7 @@ class TestFashionMnistFiles:
 
 
 class PublicLike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Prepares what tfds would under a public name, with three coloured images."""
+    """Prepares three colour images as tfds would prepare a dataset of a public name."""
 
     VERSION = tfds.core.Version("3.0.2")
     SUPPORTED_VERSIONS: ClassVar = [tfds.core.Version("3.0.10")]
@@ -146,7 +146,7 @@ class PublicLike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class TestPublic:
-    """Data sets that tfds prepared elsewhere."""
+    """Datasets that tfds prepared elsewhere."""
 
     @pytest.fixture(autouse=True)
     def home(self, tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ with contextlib.closing(
 
 
 def test_needs_neither_tensorflow_nor_network(tmp_path):
-    """An importable tensorflow that fails tells whether anything imports it."""
+    """A fake tensorflow that raises when imported shows that nothing imports it."""
     fake = tmp_path / "path" / "tensorflow"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise SystemError('imported tensorflow')\n")

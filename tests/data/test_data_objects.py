@@ -1,4 +1,4 @@
-"""Transforms of images with boxes and masks, against pycocotools and against painted images."""
+"""Transforms of images with boxes and masks, compared with pycocotools and painted images."""
 
 import itertools
 
@@ -30,14 +30,14 @@ def rasterize(box, segmentation, size):
 
 
 def oracle(segmentation, height, width):
-    """The pixels of an image that polygons cover."""
+    """Returns the pixels of an image that polygons cover, by pycocotools."""
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
 
 
 @pytest.mark.parametrize("beyond", [0, 20])
 @pytest.mark.parametrize("seed", range(3))
 def test_polygons_are_drawn_as_pycocotools_draws_the_enlarged_image(seed, beyond):
-    """In a box of 28 pixels a mask of 112 is the crop of the image at four times its size."""
+    """A mask of side 112 over a box of side 28 is a crop of the image enlarged four times."""
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 100, 2) / 4
     parts = [
@@ -49,7 +49,7 @@ def test_polygons_are_drawn_as_pycocotools_draws_the_enlarged_image(seed, beyond
     assert 0.05 < expected.mean() < 0.95
     mask = rasterize([x, y, x + 28, y + 28], [part.tolist() for part in parts], 112)
     assert mask.dtype == np.uint8
-    # It rounds negative numbers, beyond the box, the other way.
+    # pycocotools rounds negative coordinates, outside the box, the other way.
     assert (mask != expected).mean() <= (2e-3 if beyond else 0)
 
 
@@ -80,7 +80,7 @@ def test_a_damaged_rle_is_an_error():
     [(5, 6, 30, 20), (2.7, 3.2, 8.1, 39.9), (-3, 0, 60, 45), (50.5, 30, 59.9, 39.5), (7, 7, 7, 7)],
 )
 def test_pasting_interpolates_at_the_centres_of_pixels(box):
-    """One pixel at a time, from the four nearest cells, zeros beyond the box."""
+    """The oracle interpolates each pixel from its four nearest cells, with zeros outside."""
     mask = np.random.default_rng(0).random((28, 28))
     padded, expected = np.pad(mask, 3), np.zeros((40, 60))
     x1, y1, x2, y2 = box
@@ -99,7 +99,7 @@ def test_pasting_interpolates_at_the_centres_of_pixels(box):
 
 @pytest.mark.parametrize("kind", [3, 17, 90])
 def test_pasting_undoes_rasterizing(kind):
-    """Within a pixel at the edges, by IoU as pycocotools computes it."""
+    """Masks agree within a pixel at the edges, by pycocotools' IoU."""
     segmentation = polygon(kind, 20.0, 30.0, 100.0, 80.0)
     mask = rasterize([20, 30, 120, 110], segmentation, 112)
     soft = mask.reshape(28, 4, 28, 4).mean(axis=(1, 3))
@@ -112,7 +112,7 @@ def test_pasting_undoes_rasterizing(kind):
 @pytest.mark.parametrize("kind", [17, 90])
 @pytest.mark.parametrize("shape", [(90, 140), (140, 90), (50, 60)])
 def test_boxes_and_masks_stay_with_the_objects_of_the_image(kind, shape):
-    """An object is painted; after every transform its mask, pasted, is where the paint is."""
+    """After every transform, the pasted mask of a painted object is where the paint is."""
     height, width = shape
     segmentation = polygon(kind, 4.0, 6.0, 40.0, 36.0)
     paint = oracle(segmentation, height, width)

@@ -1,4 +1,4 @@
-"""The batches of every kind of source: what they hold, and what they must not depend on."""
+"""Batches of every kind of source: their content, and their independence of workers and hosts."""
 
 import contextlib
 import itertools
@@ -48,7 +48,7 @@ def encoded_source(count):
 
 
 class Boxes:
-    """Examples as detection has them: other names and shapes, and a choice of its own."""
+    """Examples like those of detection, with other names and shapes and a random choice."""
 
     def __init__(self, count):
         self.count = count
@@ -171,7 +171,7 @@ def test_samples_are_augmented_independently_and_anew_in_every_epoch(kind):
     batches = train(kind, 4, size=16)
     key = "scale" if kind == "boxes" else "image"
     values = np.concatenate([batch[key] for batch in batches])
-    # Two epochs of 16: by chance a few samples get one of their 50 crops twice.
+    # In two epochs of 16, a few samples get one of their 50 crops twice by chance.
     assert len({value.tobytes() for value in values}) > 0.8 * len(values)
 
 

@@ -15,7 +15,7 @@ from wsbcn_flax.data import DatasetFormatError, _load
 from wsbcn_flax.data._readers import read_fashion, read_idx
 
 HEADER = struct.pack(">IIII", 0x00000803, 2, 3, 4)
-# Without the time: it would be in the names of tests, on which all workers must agree.
+# mtime=0 keeps the time out of the names of tests, on which all workers must agree.
 gzipped = functools.partial(gzip.compress, mtime=0)
 WHOLE = gzipped(HEADER + bytes(range(24)))
 

@@ -1,4 +1,4 @@
-"""Datasets in memory hold exactly the pixels of their source, in one order for good."""
+"""Datasets in memory hold exactly the pixels of their source, in an order that never changes."""
 
 import zlib
 from collections import Counter
@@ -15,7 +15,7 @@ SOURCES = {"mnist5k": (read_mnist5k, 4000, 1000), "digits": (read_digits, 1437, 
 
 
 def examples(images: np.ndarray, labels: np.ndarray) -> Counter[tuple[bytes, int]]:
-    """Returns the content of a split in an order of its own."""
+    """Returns the content of a split in a canonical order."""
     return Counter(
         (image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
     )
@@ -23,7 +23,7 @@ def examples(images: np.ndarray, labels: np.ndarray) -> Counter[tuple[bytes, int
 
 @pytest.fixture(params=sorted(SOURCES))
 def packaged(request):
-    """The source arrays and the loaded splits of one packaged data set."""
+    """The source arrays and the loaded splits of one packaged dataset."""
     read, *sizes = SOURCES[request.param]
     splits = [load_split(request.param, split) for split in ("train", "test")]
     arrays = [np.concatenate(each) for each in zip(*read()[0].values(), strict=True)]
@@ -56,7 +56,7 @@ def test_the_order_stays_the_same_across_releases():
 
 def test_slices_hold_their_share_of_every_class():
     counts = np.bincount(load_split("digits", "train[:50%]").labels)
-    # A class has about 72 of 718: standard deviation 6.
+    # A class has about 72 of 718 samples, with standard deviation 6.
     assert np.abs(counts - 72).max() < 3 * 6
 
 

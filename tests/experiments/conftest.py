@@ -19,13 +19,13 @@ def console():
 
 @pytest.fixture
 def tiny_network(monkeypatch):
-    """Makes resnet8 a stem and one block, for tests of what is done with any network."""
+    """Makes resnet8 a stem and one block, for tests that do not depend on the network."""
     monkeypatch.setitem(_models.MODELS, "resnet8", TINY_NETWORK)
 
 
 @pytest.fixture
 def tiny_processes(monkeypatch, tiny_network):
-    """Makes trainings in processes of their own train the tiny network, too."""
+    """Makes training in separate processes use the tiny network, too."""
     start = subprocess.Popen
 
     def start_tiny(command, *, env=os.environ, **options):
@@ -37,7 +37,7 @@ def tiny_processes(monkeypatch, tiny_network):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Prepares data in a folder of the module's own."""
+    """Prepares data in a folder for one test module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         yield

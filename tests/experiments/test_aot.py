@@ -1,4 +1,4 @@
-"""Compiling a recipe's step ahead of time, for chips that are not here and for this CPU."""
+"""Ahead-of-time compilation of a recipe's step, for chips that are absent and for this CPU."""
 
 import importlib.metadata
 import json

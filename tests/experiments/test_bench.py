@@ -1,4 +1,4 @@
-"""The benchmarks: times are taken in balanced orders, and of what they are named for."""
+"""The benchmarks take times in balanced orders, and measure what their names say."""
 
 import collections
 import itertools
@@ -129,7 +129,7 @@ def test_calls_of_a_step_go_on_from_the_last_state(tiny_network):
 
 def test_figures_compare_steps_of_the_same_round():
     seconds = {
-        # The third round was ten times slower for all.
+        # All calls were ten times slower in the third round.
         ("bn", "step"): np.array([1.0, 1.0, 10.0]),
         ("bcn", "step"): np.array([2.0, 2.0, 20.0]),
         ("bcn_ws", "step"): np.array([2.5, 2.5, 25.0]),

@@ -35,7 +35,7 @@ def test_naive_composition_is_bcn_on_batch_statistics(results):
         "dx": dx,
         "batch_scale": batch["scale"],
         "batch_bias": batch["bias"],
-        # BCN has one scale and bias per group, as the authors have.
+        # BCN has one scale and bias per group, like the authors' code.
         "channel_scale": channel["scale"].reshape(GROUPS, -1).sum(-1),
         "channel_bias": channel["bias"].reshape(GROUPS, -1).sum(-1),
         **updates["batch_stats"]["BatchNorm_0"],
@@ -47,7 +47,7 @@ def test_naive_composition_is_bcn_on_batch_statistics(results):
 
 
 def test_bcn_normalizes_first_and_the_other_updates_first(results):
-    """With fresh estimates, 0 and 1, normalizing first leaves nothing but group normalization."""
+    """With fresh estimates, 0 and 1, normalizing first is the same as group normalization."""
     group_norm, _ = results["group_norm", "forward"]
     first, first_updates = results["bcn", "forward"]
     second, second_updates = results["bcn_update_first", "forward"]
@@ -67,7 +67,7 @@ def test_both_passes_give_the_same_output_and_new_statistics(results):
 
 def test_figures_are_medians_of_ratios_within_a_round():
     seconds = {
-        # The third round was ten times slower for all: the ratio does not notice.
+        # All calls were ten times slower in the third round, which leaves the ratio unchanged.
         ("batch_norm", "forward"): np.array([1.0, 2.0, 10.0]),
         ("bcn", "forward"): np.array([2.0, 2.0, 20.0]),
         ("naive_bcn", "forward"): np.array([8.0, 8.0, 80.0]),
@@ -138,7 +138,7 @@ def test_closed_form_and_autodiff_standardize_alike():
 
 
 def test_resnet50_kernels_are_all_of_its_convolutions():
-    """25,557,032 parameters, less the classifier's 2,049,000 and the normalizations' 53,120."""
+    """25,557,032 parameters without the classifier's 2,049,000 and the normalizations' 53,120."""
     kernels = ws.resnet50_kernels()
     assert len(kernels) == 53
     assert sum(np.prod(kernel) for kernel in kernels) == 25_557_032 - 2_049_000 - 53_120

@@ -1,4 +1,4 @@
-"""PyTorch's side of the benchmarks computes what ours does, and is told to be missing if it is."""
+"""The PyTorch side of the benchmarks computes the same as ours; a missing torch is reported."""
 
 import functools
 import importlib
@@ -48,7 +48,7 @@ def test_a_missing_torch_is_an_error_that_names_the_extra(command, capsys, monke
             raise ImportError(name)
         return importing(name, *package)
 
-    # Without it in sys.modules, where the command line's parser looks for it.
+    # sys.modules stays as it is, since the command line's parser looks for torch there.
     monkeypatch.setattr(importlib, "import_module", import_all_but_torch)
     assert main([command, "--against", "torch"]) == 1
     assert "pip install 'wsbcn_flax[torch]'" in capsys.readouterr().err.splitlines()[-1]
@@ -91,10 +91,10 @@ def test_kernels_are_standardized_as_ours(torch, theirs):
 
 
 def test_the_network_is_ours(torch, theirs):
-    """Its parameters, by the names of the authors' checkpoint, give the same logits."""
+    """Its parameters, imported by the names of the authors' checkpoint, give the same logits."""
     network = theirs.resnet50_gn_ws()
     for block in network.modules():
-        if hasattr(block, "bn3"):  # Else the branches add nothing.
+        if hasattr(block, "bn3"):  # Otherwise the branches add nothing.
             torch.nn.init.ones_(block.bn3.weight)
     arrays = {
         name.replace("parametrizations.weight.original", "weight"): array.numpy()

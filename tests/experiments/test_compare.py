@@ -15,7 +15,7 @@ def data_dir(tmp_path, monkeypatch):
 
 
 def test_writes_table_json_and_figure(tmp_path, capsys, monkeypatch):
-    # One block would not tell batch normalization from batch-channel normalization; three do.
+    # One block would not distinguish batch from batch-channel normalization; three do.
     narrow = functools.partial(models.CifarResNet, depth=8, width=4)
     monkeypatch.setitem(_models.MODELS, "resnet8", narrow)
     out = tmp_path / "out"
@@ -33,7 +33,7 @@ def test_writes_table_json_and_figure(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "BCN+WS" in printed
     assert "micro-batch 64" in printed
-    # The same training however it is split: the loss agrees to what rounding grows to.
+    # BCN's training does not depend on the split: losses differ only by accumulated rounding.
     bn, bcn = runs[:2], runs[2:]
     assert abs(bcn[0]["test_loss"] - bcn[1]["test_loss"]) < 0.01
     assert abs(bn[0]["test_loss"] - bn[1]["test_loss"]) > 0.01

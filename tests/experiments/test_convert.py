@@ -1,4 +1,4 @@
-"""PyTorch's checkpoints become files of this package, with the model they need."""
+"""PyTorch checkpoints are converted to files of this package, with the model they need."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ CLASSES = tuple(f"class {number}" for number in range(1000))
 
 @pytest.mark.parametrize("name", ["R-50-BCN-WS", "R-50-GN-WS", "resnet18"])
 def test_a_packaged_checkpoint_computes_what_pytorch_computes(name):
-    """Its recipe has the right model, normalization and convention of WS."""
+    """The recipe in the file has the right model, normalization and convention of WS."""
     state_dict = export_checkpoint(torch_resnet.random_variables(name), name)
     model = convert.model_of_checkpoint(state_dict, name, class_names=CLASSES)
     assert model.recipe.weight.kind == ("none" if name == "resnet18" else "ws")

@@ -1,4 +1,4 @@
-"""Detection recipes, and the commands on a small dataset in COCO's format."""
+"""Detection recipes, and commands run with them on a small dataset in COCO's format."""
 
 import dataclasses
 import gzip
@@ -148,7 +148,7 @@ def trained(dataset, tmp_path_factory):
 
 
 def keep_programs(patch, kept=()):
-    """Lets equal experiments take the programs that are kept here instead of making their own."""
+    """Lets equal experiments reuse the first compiled program instead of compiling their own."""
     programs, compile_program = list(kept), Experiment.compile
 
     def take(experiment):
@@ -166,7 +166,7 @@ def run(trained):
 
 
 def test_a_run_that_lost_its_last_step_ends_the_same(trained, tmp_path, monkeypatch):
-    """As if it had been killed between the two: folder and end are those of the whole run."""
+    """A run killed after step 1 of 2 and resumed ends with the whole run's folder and state."""
     resumed = tmp_path / "run"
     shutil.copytree(trained.folder, resumed)
     shutil.rmtree(resumed / "checkpoints" / "2")

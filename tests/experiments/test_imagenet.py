@@ -1,4 +1,4 @@
-"""ImageNet's recipes train on and are evaluated on folders of JPEG files."""
+"""ImageNet recipes train and evaluate on folders of JPEG files."""
 
 import json
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def test_trains_evaluates_and_predicts(folder, tmp_path, capsys):
     run = tmp_path / "run"
     options = {
-        "model.name": "resnet8",  # Quick: the data are what is tested.
+        "model.name": "resnet8",  # A fast network, since only the data are tested.
         "norm.groups": 4,
         "data.data-dir": folder,
         "data.image-size": 32,

@@ -1,4 +1,4 @@
-"""A trained model goes out in one file, and comes back, is evaluated and predicts the same."""
+"""A trained model is exported to one file; read back, it evaluates and predicts the same."""
 
 import dataclasses
 import gzip
@@ -20,7 +20,7 @@ from wsbcn_flax.data import load_split
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a short training that standardizes weights and keeps running statistics."""
+    """The folder of a short run that standardizes weights and keeps running statistics."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WSBCN_FLAX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
@@ -37,7 +37,7 @@ def model(run):
 
 
 def test_evaluation_of_the_run_is_the_one_training_ended_with(run, tmp_path, capsys, monkeypatch):
-    """It evaluates the average of the parameters, and loads no training data."""
+    """Evaluation uses the average of the parameters, and loads no training data."""
     load = data.load_split
 
     def without_training_data(name, split, **options):

@@ -1,4 +1,4 @@
-"""Options of a recipe's model: rematerialization and dtypes, down to the lowered step."""
+"""Options of a recipe's model, rematerialization and dtypes, take effect in the lowered step."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def test_every_kind_of_block_is_rematerialized(name, monkeypatch):
     monkeypatch.setitem(MODELS, name, SHALLOW[name])
 
     def kept(remat):
-        """Elements that the forward pass keeps for the backward pass, besides the parameters."""
+        """Counts elements that are kept for the backward pass, besides the parameters."""
         model = make_model(make_recipe(name=name, width=None, remat=remat), num_classes=10)
         images = jnp.zeros((2, 32, 32, 3))
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
@@ -103,5 +103,5 @@ def test_the_step_lowers_for_gpus(mode, model, batch):
     exported = export(jax.eval_shape(lambda: experiment.init(0)), shapes)
     assert exported.platforms == ("cuda",)
     assert exported.nr_devices == 8
-    # A program for one host holds its collectives under shard_map; XLA adds jit's.
+    # The exported program holds the collectives of shard_map; those of jit are added by XLA.
     assert ("all_reduce" in exported.mlir_module()) == (mode == "shard_map")

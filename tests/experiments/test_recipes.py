@@ -1,4 +1,4 @@
-"""Recipes: names, published results, and steps that trace, and run, on data of their kind."""
+"""Recipes: their names, published results, and steps that trace and run on matching data."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ ROWS = (
     *(f"imagenet_{model}_gn_ws" for model in IMAGENET),
     *(f"{data}_{model}_bn" for data in ("cifar10", "cifar100") for model in CIFAR),
 )
-# A recipe of every family of networks, and a small member of the family.
+# One recipe for every family of networks, and a small member of that family.
 SMALL = {
     "imagenet_resnet18_bcn_ws": functools.partial(
         models.ResNet, stage_sizes=(1, 1), features=64, block=models.BasicBlock
@@ -44,7 +44,7 @@ SMALL = {
 
 
 def some_values(shape):
-    """An array of a state: positive, as variances are, and about as large as kernels are."""
+    """Makes an array of a state: positive, like variances, and about as large as kernels."""
     if jnp.issubdtype(shape.dtype, jnp.floating):
         return 0.1 * jnp.abs(normal(1, *shape.shape, dtype=shape.dtype))
     return jnp.zeros(shape.shape, shape.dtype)
@@ -79,7 +79,7 @@ def test_every_published_row_has_a_recipe():
 
 @pytest.mark.parametrize("name", [*ROWS[:8], "imagenet_resnet50_bcn_ws"])
 def test_a_published_recipe_traces(name):
-    """The whole training step at the recipe's own size; small networks run, below."""
+    """This traces the training step at the recipe's own size; small networks run below."""
     experiment = get_recipe(name).experiment()
     state = jax.eval_shape(lambda: experiment.init(0))
     batch = {
@@ -94,13 +94,13 @@ def test_a_published_recipe_traces(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_takes_a_real_step(name, monkeypatch):
-    """One step on two images, of a small network of the family."""
+    """A small network of the family takes one step on two images."""
     recipe = get_recipe(name)
     monkeypatch.setitem(_models.MODELS, recipe.model.name, SMALL[name])
     batch = dataclasses.replace(recipe.batch, size=2)
     data = dataclasses.replace(recipe.data, image_size=32)
     experiment = dataclasses.replace(recipe, batch=batch, data=data).experiment()
-    # Any values do, and compiling the initialization would take as long as the step.
+    # Any values are fine, and compiling the initialization would take as long as the step.
     state = jax.tree.map(some_values, jax.eval_shape(lambda: experiment.init(0)))
     images = {"image": normal(0, 2, 32, 32, 3), "label": jnp.array([0, 1])}
     program = experiment.compile(jax.devices()[:1])

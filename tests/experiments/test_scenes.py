@@ -1,4 +1,4 @@
-"""Scenes of Fashion-MNIST: exact masks, COCO's format, the same again from the same seed."""
+"""Scenes of Fashion-MNIST: exact masks, COCO's format, reproducible from the seed."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ CLASS_NAMES = ("disc", "square")
 
 
 def make_items(seed):
-    """Twenty light discs and squares on black, as Fashion-MNIST's items are."""
+    """Makes twenty light discs and squares on black, like the items of Fashion-MNIST."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:28, :28] - 13.5
     radius = rng.uniform(8, 13, 20)[:, np.newaxis, np.newaxis]
@@ -69,7 +69,7 @@ def test_scenes_depend_on_the_seed_and_their_number_alone():
 
 
 def test_masks_are_the_visible_pixels_of_each_item(monkeypatch):
-    """Every item is painted in one color of its own, before black."""
+    """Every item is painted in its own color on black."""
 
     def cut_out(item, side, rng):
         color = rng.integers(60, 256, 3).astype(np.float32) / 255

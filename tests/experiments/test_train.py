@@ -25,7 +25,7 @@ def trained(tmp_path_factory, data_dir):
 
 
 def test_learns_digits(trained):
-    """Eight times better than chance after four epochs on eight devices."""
+    """The error is eight times better than chance after four epochs on eight devices."""
     result = json.loads((trained / "result.json").read_text())
     assert result["eval_error"] < 0.9 / 8
     losses = [record["loss"] for record in read_jsonl(trained / "metrics.jsonl")]
@@ -116,7 +116,7 @@ def test_help_names_every_recipe_on_two_screens(capsys):
 
 @pytest.mark.parametrize("own", [None, "of_the_user"])
 def test_programs_are_kept_for_the_next_command(own):
-    """Beside the data, unless JAX was told where."""
+    """Compiled programs are kept beside the data, unless JAX's option names another folder."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", own)
@@ -137,7 +137,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path):
     )
     report = crash(options, tmp_path)
     assert report.killed_at
-    # One checkpoint is being written while the steps to the next are taken.
+    # A checkpoint may still be written during the steps up to the next one.
     assert max(report.lost) <= 2 * options.checkpoint_every
     assert report.leaves > 50
     assert report.differing == ()

@@ -1,4 +1,4 @@
-"""Real processes that train together, over loopback."""
+"""Several real processes train together, over loopback."""
 
 import json
 import os
@@ -27,22 +27,22 @@ pytestmark = pytest.mark.usefixtures("data_dir")
 STEPS = 22
 RECIPE = ["digits_resnet8_bcn_ws", "--epochs", "0.25", "--batch.size", "16", "--model.width", "8"]
 OPTIONS = ["--log-every", "1", "--checkpoint-every", "5", "--no-progress"]
-# With a tenth of the recipe's learning rate, rounding does not grow beyond the tolerances.
+# A tenth of the recipe's learning rate keeps accumulated rounding within the tolerances.
 OPTIM = ["--optim.learning-rate", "0.01", "--optim.warmup-epochs", "0"]
 ARGUMENTS = [*RECIPE, *OPTIM, *OPTIONS]
-# What the library of the CPU's collectives prints of each connection. Its threads write in turns,
-# so a line may stand within another.
+# Output of Gloo, the library of the CPU's collectives, about each connection. Its threads write
+# concurrently, so a line may be inside another.
 GLOO_REPORT = (
     r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. "
     r"|Expected number of connected peer ranks is : "
 )
-HEARTBEAT_TIMEOUT = 6  # Seconds; far less than the patience of `Pair.ends`.
-NOTICE = 1.5  # Seconds in which JAX, which looks once a second, has seen a SIGTERM.
+HEARTBEAT_TIMEOUT = 6  # Seconds; far below the timeout of `Pair.ends`.
+NOTICE = 1.5  # Seconds until JAX, which checks once a second, has noticed a SIGTERM.
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data_dir):
-    """The folder of one process with eight devices that nothing disturbed."""
+    """The folder of an undisturbed run of one process with eight devices."""
     folder = tmp_path_factory.mktemp("alone")
     assert train.main([*ARGUMENTS, "--out", str(folder)]) == 0
     return folder
@@ -94,7 +94,7 @@ class Pair:
             time.sleep(0.05)
 
     def ends(self):
-        """Exit statuses, and what each wrote to its standard output and error."""
+        """Waits for both; returns exit statuses, and each process's standard output and error."""
         outputs = [process.communicate(timeout=120) for process in self.processes]
         return [process.returncode for process in self.processes], outputs
 
@@ -119,7 +119,7 @@ def test_two_processes_train_as_one_through_sigterm_and_the_death_of_one(tmp_pat
     with Pair(tmp_path) as pair:
         pair.wait_for_step(6)
         pair.processes[1].send_signal(signal.SIGTERM)
-        # Steps may be quick; neither takes one without the other.
+        # Steps may be fast. While one process pauses, the other cannot take a step either.
         pair.processes[0].send_signal(signal.SIGSTOP)
         time.sleep(NOTICE)
         pair.processes[0].send_signal(signal.SIGCONT)
@@ -135,15 +135,15 @@ def test_two_processes_train_as_one_through_sigterm_and_the_death_of_one(tmp_pat
         pair.processes[1].kill()
         statuses, outputs = pair.ends()
     assert statuses[1] == -signal.SIGKILL
-    # Whichever notices first: JAX's heartbeats, or the library of the CPU's collectives, which
-    # raises an error or, if others of its collectives are under way, aborts.
+    # Either JAX's heartbeats notice first, or the library of the CPU's collectives. The library
+    # raises an error or, if others of its collectives are running, aborts.
     assert statuses[0] in (1, -signal.SIGABRT)
     assert re.search("another task died|gloo", outputs[0][1], re.IGNORECASE), outputs[0][1]
 
     with Pair(tmp_path) as pair:
         statuses, outputs = pair.ends()
     assert statuses == [0, 0], outputs
-    # Process 0 alone reports, and the record has no gap and no repetition.
+    # Only process 0 reports, and the record of metrics has every step once.
     assert "eval_error" in outputs[0][0]
     assert re.sub(GLOO_REPORT, "", outputs[1][0]).split() == []
     records = read_jsonl(tmp_path / "metrics.jsonl")

@@ -1,6 +1,6 @@
-"""The command experiments.train in which resnet8 is a stem and one block.
+"""The command experiments.train with resnet8 reduced to a stem and one block.
 
-`python -m tests.experiments.tiny_train RECIPE`, in a process of its own.
+Tests run `python -m tests.experiments.tiny_train RECIPE` in separate processes.
 """
 
 import functools

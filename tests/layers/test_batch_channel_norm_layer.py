@@ -1,4 +1,4 @@
-"""BatchChannelNorm owns parameters and state; the numbers are the op's."""
+"""BatchChannelNorm owns parameters and state; it computes the same as the op."""
 
 import re
 
@@ -20,7 +20,7 @@ def init(norm, x=X):
 
 
 def distinct(variables):
-    """The variables with another value in every place."""
+    """Makes variables that all have different values."""
     leaves, structure = jax.tree.flatten(variables)
     leaves = [1 + 0.1 * jnp.abs(normal(i, *leaf.shape)) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, leaves)
@@ -37,7 +37,7 @@ def test_names_shapes_and_initial_values(affine):
             "channel_scale": jnp.ones(size),
             "channel_bias": jnp.zeros(size),
         },
-        # Initialization, on whatever data, updates nothing.
+        # Initialization updates nothing, whatever the data.
         "batch_stats": {"mean": jnp.zeros(8), "var": jnp.ones(8), "count": jnp.zeros(())},
     }
     chex.assert_trees_all_equal(variables, expected)
@@ -78,7 +78,7 @@ def test_training_moves_the_statistics_and_evaluation_does_not(statistics):
     trained = {**variables, **updates}
     _, after = norm.apply(trained, X, True, mutable=["batch_stats"])
     chex.assert_trees_all_equal(after["batch_stats"], stats)
-    # Evaluation needs nothing mutable, and uses what training left.
+    # Evaluation needs no mutable collection, and uses the statistics from training.
     evaluated, fresh = (norm.apply(v, X, True) for v in (trained, variables))
     assert jnp.abs(evaluated - fresh).max() > 1e-3
 

@@ -1,4 +1,4 @@
-"""ChannelNorm in the place of nn.GroupNorm."""
+"""ChannelNorm can replace nn.GroupNorm."""
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from wsbcn_flax import ChannelNorm
     ],
 )
 def test_equals_flax_group_norm(options):
-    """The parameters it makes, the output, and the gradients of all arrays."""
+    """Parameters, output and the gradients of all arrays are equal."""
     x, dy = 1 + normal(1, 3, 4, 5, 12, dtype=jnp.float64), normal(2, 3, 4, 5, 12, dtype=jnp.float64)
 
     def step(norm):

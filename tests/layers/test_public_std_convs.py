@@ -1,6 +1,6 @@
 """docs/stdconv.md: the preset of each public layer computes what the layer's source computes.
 
-The formulas are written with the operations of their sources, of which only names are repeated.
+The formulas use the same operations as their sources; only names are copied from there.
 """
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ FAN_IN = (0, 1, 2)
 
 
 def big_vision_bit(w):
-    """Also the layer of vision_transformer and of octo."""
+    """This is also the layer of vision_transformer and octo."""
     w = w - jnp.mean(w, FAN_IN)
     return w / (jnp.std(w, FAN_IN) + 1e-5)
 
@@ -29,7 +29,7 @@ def big_vision_bit_paper(w):
 
 
 def timm(w, eps=1e-6):
-    """PyTorch's batch_norm in training mode, of the kernel as [1, out, fan-in]."""
+    """Computes PyTorch's batch_norm in training mode of the kernel as [1, out, fan-in]."""
     mean, var = jnp.mean(w, FAN_IN), jnp.var(w, FAN_IN)
     return (w - mean) * lax.rsqrt(var + eps)
 
@@ -53,13 +53,13 @@ TOLERANCE = {"float64": 2e-13, "float32": 2e-6}
 
 @pytest.fixture(autouse=True)
 def _broadcasting():
-    """The sources leave ranks to broadcasting."""
+    """The sources rely on broadcasting between ranks."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 def layers(preset, formula, dtype):
-    """The layer of the library, its parameters, and a copy that overrides ``param``."""
+    """Makes our layer, a plain layer whose ``param`` applies the formula, parameters and input."""
 
     class StdConv(nn.Conv):
         def param(self, name, *args, **kwargs):
@@ -72,7 +72,7 @@ def layers(preset, formula, dtype):
     ours = WSConv(12, (3, 3), preset=preset, **options)
     x = normal(0, 2, 9, 9, 8, dtype=dtype)
     params = dict(ours.init(jax.random.key(0), x)["params"])
-    params["kernel"] = params["kernel"] + 0.02  # The mean is not zero.
+    params["kernel"] = params["kernel"] + 0.02  # Makes the mean differ from zero.
     if "gain" in params:
         params["gain"] = 1 + 0.1 * normal(1, 12, dtype=dtype)
     return ours, StdConv(12, (3, 3), **options), params, x

@@ -58,7 +58,7 @@ CASES = {
     [*((case, "bcn") for case in CASES), ("2d", "nfnet"), ("transpose_kernel", "nfnet")],
 )
 def test_is_the_flax_layer_on_a_standardized_kernel(case, preset):
-    """With its parameters' names, shapes and initial values: checkpoints fit either."""
+    """Parameters have equal names, shapes and initial values, so checkpoints fit either layer."""
     layer, flax_layer, out_axis, arguments, shape = CASES[case]
     x = normal(1, *shape, dtype=jnp.float64)
     options = {**arguments, "param_dtype": jnp.float64, "bias_init": nn.initializers.normal()}
@@ -97,7 +97,7 @@ def test_gain_is_a_parameter_where_the_preset_learns_it(case, preset):
 
 
 def test_the_kernel_is_standardized_before_it_is_cast():
-    """In bfloat16 a kernel of mean 1 and spread 1e-3 would be a constant."""
+    """If cast to bfloat16 first, a kernel of mean 1 and spread 1e-3 would be constant."""
     x, kernel = normal(1, 2, 6, 6, 4), 1 + 1e-3 * normal(2, 3, 3, 4, 8)
     conv = WSConv(8, (3, 3), use_bias=False, dtype=jnp.bfloat16)
     y = conv.apply({"params": {"kernel": kernel}}, x)

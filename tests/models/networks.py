@@ -1,4 +1,4 @@
-"""The public networks and the normalizations to inject, for tests that run over all of them."""
+"""The public networks, and normalizations to inject, for tests that run over all of them."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from wsbcn_flax import BatchChannelNorm, models
 
-# The other order evaluates as it trains, as long as the running statistics are fresh.
+# With the other order, training equals evaluation while the running statistics are fresh.
 Bcn = functools.partial(BatchChannelNorm, num_groups=4, order="update_first")
 NORMS = {
     "batch_norm": nn.BatchNorm,
@@ -17,7 +17,7 @@ NORMS = {
     "bcn": Bcn,
     "bcn_per_channel": functools.partial(Bcn, affine="channel"),
 }
-# ResNet50 and the like: partials, which take every option of their class.
+# Named networks such as ResNet50: partials, which take every option of their class.
 NETWORKS = {
     name: getattr(models, name)
     for name in models.__all__
@@ -26,12 +26,12 @@ NETWORKS = {
 
 
 def image_size(model: nn.Module) -> int:
-    """Of the data set that the network's number of classes belongs to."""
+    """Returns the image size of the dataset with the network's number of classes."""
     return 224 if model.num_classes == 1000 else 32
 
 
 def abstract_variables(model: nn.Module, size: int = 16):
-    """Shapes and dtypes of the model's variables: nothing is computed."""
+    """Returns the shapes and dtypes of the model's variables, without computing them."""
     init = functools.partial(model.init, train=False)
     return jax.eval_shape(init, jax.random.key(0), jnp.ones((2, size, size, 3)))
 

@@ -1,4 +1,4 @@
-"""The blocks: where they start, what their shortcut takes, where they drop out, under remat."""
+"""Residual blocks: initialization, input of the shortcut, place of dropout, and remat."""
 
 import functools
 
@@ -23,7 +23,7 @@ each_block = pytest.mark.parametrize(
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("block", [BasicBlock, functools.partial(Bottleneck, base_width=256)])
 def test_activation_after_the_sum_starts_as_the_shortcut(block, norm):
-    """The last scale of each branch is zero; so its gradient is the only one in the branch."""
+    """The last scale of each branch starts at zero, and its gradient is not zero."""
     module = block(8, conv=nn.Conv, norm=bind_mode(NORMS[norm], train=True))
     y, variables = jax.jit(module.init_with_output)(jax.random.key(0), X)
     chex.assert_trees_all_equal(y, nn.relu(X))
@@ -43,7 +43,7 @@ def test_activation_after_the_sum_starts_as_the_shortcut(block, norm):
 
 @each_preactivation
 def test_preactivation_branches_learn_from_the_start(block):
-    """No scale starts at zero: its gradient would be zero behind the ReLU."""
+    """No scale starts at zero: with the ReLU after it, its gradient would be zero."""
     module = block(8, conv=nn.Conv, norm=nn.LayerNorm)
     params = jax.jit(module.init)(jax.random.key(0), X)["params"]
     loss_fn = lambda p: jnp.sum(jnp.sin(module.apply({"params": p}, X)))  # noqa: E731
@@ -54,7 +54,7 @@ def test_preactivation_branches_learn_from_the_start(block):
 @pytest.mark.parametrize("activated", [False, True])
 @each_preactivation
 def test_the_shortcut_takes_the_input_or_its_activation(block, activated):
-    """With a branch of zero, the block is its shortcut's convolution of one or the other."""
+    """If the branch is zero, the block is the shortcut's convolution of its input."""
     module = block(16, conv=nn.Conv, norm=nn.LayerNorm, strides=2, activated_shortcut=activated)
     params = jax.jit(module.init)(jax.random.key(0), X)["params"]
     last = f"conv{module.depth}"
@@ -116,7 +116,7 @@ def test_channels_of_bottlenecks(block, options, inner, fan_in):
     ids=["remat_of_partial", "partial_of_remat"],
 )
 def test_networks_take_blocks_under_remat(block):
-    """Same parameters, same gradients, and blocks that are computed anew."""
+    """Parameters and gradients are the same, and blocks are computed again."""
     remat = ResNet(stage_sizes=(1, 1), features=8, stem_features=4, block=block)
     plain = remat.clone(block=functools.partial(Bottleneck, groups=2))
     images = normal(3, 2, 16, 16, 3)
@@ -144,7 +144,7 @@ def test_networks_take_blocks_under_remat(block):
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("resolution", [8, 9])
 def test_padding_is_pytorchs(size, resolution):
-    """A kernel of one at its centre reads positions 0, 2, 4, ... of any resolution."""
+    """A kernel that is one at its centre reads positions 0, 2, 4, ... at any resolution."""
     x = normal(4, 1, resolution, resolution, 2)
     kernel = jnp.zeros((size, size, 2, 2)).at[size // 2, size // 2].set(jnp.eye(2))
     conv = make_conv(nn.Conv, 2, size, strides=2, name="conv")

@@ -1,4 +1,4 @@
-"""CifarResNet: size, initialization, and whatever convolution and normalization is injected."""
+"""CifarResNet: size, initialization, and injected convolutions and normalizations."""
 
 import functools
 
@@ -25,12 +25,12 @@ def init(model):
 
 
 def closed_form(depth, width, classes, *, preactivation):
-    """Weights of the 3x3 and 1x1 convolutions, two numbers per normalized channel, and the head."""
+    """Counts the convolutions, two numbers per normalized channel, and the head."""
     n, w = (depth - 2) // 6, width
     convolutions = 27 * w + 9 * w * w * (2 * n * (1 + 4 + 16) - 2 - 8)
     shortcuts = 2 * w * w + 8 * w * w
     channels = 2 * n * 7 * w
-    # Before activation: the first normalization of a stage has its input's width, one is last.
+    # With preactivation a stage's first normalization has the width of its input; one more is last.
     channels += (-w - 2 * w + 4 * w) if preactivation else (w + 2 * w + 4 * w)
     return convolutions + shortcuts + 2 * channels + (4 * w + 1) * classes
 
@@ -46,7 +46,7 @@ def test_number_of_parameters(depth, width, block):
 
 @pytest.mark.parametrize(("depth", "expected"), [(20, 272_474), (110, 1_730_714)])
 def test_number_of_parameters_is_the_published_one(depth, expected):
-    """Of the network with projection shortcuts and 10 classes."""
+    """The published numbers are for projection shortcuts and 10 classes."""
     assert count(abstract_variables(CifarResNet(depth=depth))["params"]) == expected
 
 
@@ -56,7 +56,7 @@ def test_convolutions_start_he_normal_by_fan_out():
         if kernel.ndim != 4:
             continue
         std = np.sqrt(2 / (np.prod(kernel.shape[:2]) * kernel.shape[-1]))
-        # Of n numbers, the standard deviation is known to 1 / sqrt(2 n).
+        # The standard deviation of n samples has a relative error of 1 / sqrt(2 n).
         tolerance = 5 / np.sqrt(2 * kernel.size)
         np.testing.assert_allclose(jnp.std(kernel), std, rtol=tolerance, err_msg=path)
         if kernel.size > 1e4:
@@ -136,7 +136,7 @@ def test_dropout_needs_a_key_only_where_it_drops():
     often = never.clone(dropout_rate=0.5)
     variables = init(often)
     train = jax.jit(lambda key: often.apply(variables, X, train=True, rngs={"dropout": key}))
-    jax.eval_shape(functools.partial(never.apply, train=True), variables, X)  # Without a key.
+    jax.eval_shape(functools.partial(never.apply, train=True), variables, X)  # Needs no key.
     with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
         often.apply(variables, X, train=True)
     one, again, other = (train(jax.random.key(seed)) for seed in (1, 1, 2))
@@ -150,7 +150,7 @@ def test_dropout_needs_a_key_only_where_it_drops():
 def test_stages_double_the_width_and_halve_the_resolution():
     model = CifarResNet(depth=14, width=4, norm=nn.LayerNorm)
     apply = functools.partial(model.init_with_output, train=False, capture_intermediates=True)
-    # Shapes only: nothing is computed.
+    # Only shapes are computed.
     _, state = jax.eval_shape(apply, jax.random.key(0), X)
     for stage, (resolution, width) in enumerate([(16, 4), (8, 8), (4, 16)], start=1):
         for index in (1, 2):

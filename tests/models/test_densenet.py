@@ -1,4 +1,4 @@
-"""DenseNet: what its layers append and its transitions halve, and its size."""
+"""DenseNet: layers append channels, transitions halve them, and its size is the published one."""
 
 import functools
 
@@ -16,7 +16,7 @@ from wsbcn_flax.models._densenet import _DenseLayer
 
 
 def closed_form(depth, growth, classes):
-    """Every convolution is normalized before: two numbers for each of its input channels."""
+    """Counts parameters; a norm before a convolution has two for each input channel."""
     channels, total = 2 * growth, 27 * 2 * growth
     for block in range(3):
         for _ in range((depth - 4) // 6):
@@ -41,7 +41,7 @@ def test_the_published_network_agrees_with_the_closed_form():
 
 @pytest.fixture(scope="module")
 def published():
-    """Variables and every layer's output of the published network, abstractly."""
+    """Shapes of the published network's variables and of every layer's output."""
     init = functools.partial(
         DenseNetBC100_12(norm=nn.LayerNorm).init_with_output,
         train=False,
@@ -63,7 +63,7 @@ def test_layers_append_channels_and_transitions_halve_them(published):
 
 
 def test_channels_are_divisible_by_six(published):
-    """So that 2, 3 and 6 groups are what a normalization may have; four are too many."""
+    """So a normalization can have 2, 3 or 6 groups, but not 4."""
     scales = traverse_util.flatten_dict(published["params"])
     channels = {leaf.size for path, leaf in scales.items() if path[-1] == "scale"}
     assert len(channels) > 40

@@ -21,14 +21,14 @@ BCN = functools.partial(BatchChannelNorm, num_groups=4)
 
 
 def images():
-    """One image, and the same in a padding that holds other numbers."""
+    """Makes an image, and the same image inside a padding of other values."""
     image = normal(0, 1, *SIZE, 3)
     filled = jnp.full((1, *PADDED, 3), 7.0).at[:, : SIZE[0], : SIZE[1]].set(image)
     return image, filled
 
 
 def trained(model, image, image_hw=None):
-    """Features or logits and statistics of one call in training, from random parameters."""
+    """Calls the model in training with random parameters; returns outputs and statistics."""
     init = functools.partial(model.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), image)
     leaves, structure = jax.tree.flatten(shapes["params"])
@@ -40,7 +40,7 @@ def trained(model, image, image_hw=None):
 
 
 def cut(padded, like):
-    """The features of the image, after a check that the padding's are zero."""
+    """Checks that features of the padding are zero; returns those of the image."""
     height, width = like.shape[1:3]
     part = padded[:, :height, :width]
     assert float(jnp.abs(padded).sum() - jnp.abs(part).sum()) == pytest.approx(0, abs=1e-2)

@@ -1,4 +1,4 @@
-"""Every named network: its size, every normalization in it, what is standardized of it."""
+"""Every named network: its size, its standardized kernels, and every normalization in it."""
 
 import functools
 
@@ -13,7 +13,7 @@ from wsbcn_flax import BatchChannelNorm, WeightStandardization, WSConv
 from wsbcn_flax.models import CifarResNet
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
-# Groups that divide every number of channels.
+# Numbers of groups that divide every number of channels.
 GROUPS = {"DenseNetBC100_12": 6}
 BCN_OPTIONS = [
     {"affine": "group", "order": "update_first", "statistics": "estimate"},
@@ -37,8 +37,9 @@ NORM_FACTORIES = {
 }
 GROUP_BCN = "bcn-group-update_first-estimate"
 
-# With two numbers per normalized channel. ImageNet's are torchvision's and the published
-# checkpoints'; CIFAR's round to those of the papers and of the code base the authors built on.
+# Counts include two numbers per normalized channel. For ImageNet they are those of torchvision and
+# of the published checkpoints. For CIFAR they round to those of the papers and of the code base
+# that the authors built on.
 NUMBERS_OF_PARAMETERS = {
     "ResNet18": 11_689_512,
     "ResNet34": 21_797_672,
@@ -59,7 +60,7 @@ NUMBERS_OF_PARAMETERS = {
 
 @each_network
 def test_number_of_parameters_and_what_is_standardized(name):
-    """By the default rule, every convolution of the whole network and nothing else is."""
+    """The default rule standardizes every convolution of the network and nothing else."""
     model = NETWORKS[name]()
     params = abstract_variables(model, image_size(model))["params"]
     assert count(params) == NUMBERS_OF_PARAMETERS[name]
@@ -74,10 +75,10 @@ def check_standardized(params):
 
 
 def three_stages(n, stem, features, branch, *, preactivation):
-    """Parameters with 10 classes, from the papers' tables.
+    """Counts the parameters for 10 classes, from the papers' tables.
 
-    ``branch`` lists the convolutions (size, input, output, groups) of a block from one number of
-    channels to another.
+    ``branch`` maps a block's input and output channels to its convolutions (size, input, output,
+    groups).
     """
     total = 27 * stem + 2 * (4 * features if preactivation else stem) + (4 * features + 1) * 10
     channels = stem
@@ -119,14 +120,14 @@ def bottleneck(i, o, *, inner=0.25, groups=1):
     ],
 )
 def test_number_of_parameters_by_the_papers_tables(name, millions, expected):
-    """Of what the test above counts."""
+    """The counts of the test above agree with the papers' tables."""
     parameters = NUMBERS_OF_PARAMETERS[name]
     assert round(parameters / 1e6, 2) == millions
     assert expected in (parameters, None)
 
 
 def shallow(network):
-    """The network with as few blocks as it can have, and the same numbers of channels."""
+    """Returns the network with as few blocks as possible and the same numbers of channels."""
     if "stage_sizes" in network.keywords:
         return functools.partial(network, stage_sizes=(1,) * len(network.keywords["stage_sizes"]))
     if network.func is CifarResNet:
@@ -136,7 +137,7 @@ def shallow(network):
     return functools.partial(network, depth=16)
 
 
-# Of networks that differ in the number of blocks alone, one.
+# One of those networks that differ only in the number of blocks.
 DISTINCT = list({shallow(network)(): name for name, network in NETWORKS.items()}.values())
 
 
@@ -144,12 +145,12 @@ DISTINCT = list({shallow(network)(): name for name, network in NETWORKS.items()}
     ("name", "norm"),
     [
         *((DISTINCT[0], norm) for norm in NORM_FACTORIES),
-        # The two that ask something of the numbers of channels, one of them with statistics.
+        # These two have requirements on numbers of channels; one of them has statistics.
         *((name, norm) for name in DISTINCT[1:] for norm in ("gn", GROUP_BCN)),
     ],
 )
 def test_takes_every_normalization(name, norm):
-    """Abstractly: variables, and a training step's logits and statistics."""
+    """This checks shapes of variables, and of a training call's logits and statistics."""
     groups = GROUPS.get(name, 16 if NETWORKS[name]().num_classes == 10 else 32)
     model = shallow(NETWORKS[name])(conv=WSConv, norm=NORM_FACTORIES[norm](groups))
     size = image_size(model)
@@ -172,7 +173,7 @@ def test_takes_every_normalization(name, norm):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_standardization_does_not_depend_on_the_normalization(name):
-    """The names of its parameters do not matter."""
+    """The names of the normalization's parameters do not matter."""
     network = shallow(NETWORKS[name])
     model = network(norm=NORM_FACTORIES[GROUP_BCN](GROUPS.get(name, 2)))
     check_standardized(abstract_variables(model, image_size(model))["params"])

@@ -1,4 +1,4 @@
-"""ResNet: shapes of its stages, its pooling, what it computes in."""
+"""ResNet: shapes of its stages, pooling, dtypes, frozen stages and dilations."""
 
 import functools
 
@@ -30,7 +30,7 @@ Tiny = functools.partial(ResNet, stage_sizes=(1, 2), features=16, stem_features=
 
 
 def shapes_inside(model, size):
-    """The shape and dtype of every submodule's output by its name."""
+    """Returns the shape and dtype of every submodule's output, by its name."""
     images = jnp.ones((1, size, size, 3))
     init = functools.partial(model.init_with_output, train=False, capture_intermediates=True)
     logits, variables = jax.eval_shape(init, jax.random.key(0), images)
@@ -62,7 +62,7 @@ def test_bottlenecks_stride_in_the_3x3_convolution():
 
 @pytest.mark.parametrize("resolution", [6, 7])
 def test_pooling_pads_as_pytorch_does(resolution):
-    """By one on each side, with what never is the largest: negative borders stay negative."""
+    """Pooling pads one position on each side with -inf, so negative borders stay negative."""
     x = np.asarray(normal(5, 2, resolution, resolution, 3)) - 10
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     size = (resolution - 1) // 2 + 1
@@ -135,11 +135,11 @@ def test_features_are_what_the_head_sees(block):
     ],
 )
 def test_frozen_stages_neither_learn_nor_track(norm, frozen):
-    """Their gradients are zero and their statistics stay, all others' do not."""
+    """Gradients of frozen stages are zero and their statistics stay; other stages' do not."""
     model = Tiny(block=BasicBlock, num_classes=5, norm=norm, frozen_stages=frozen)
     images = normal(7, 2, 16, 16, 3)
     variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
-    # A zero scale at the end of a branch would hide the gradients of what is before it.
+    # A zero scale at the end of a branch would hide the gradients of layers before it.
     params = jax.tree.map(lambda x: x + 0.5 * (x.ndim == 1), variables["params"])
 
     @jax.jit
@@ -172,7 +172,7 @@ def test_frozen_stages_neither_learn_nor_track(norm, frozen):
 
 @pytest.mark.parametrize("block", [BasicBlock, PreActBottleneck])
 def test_dilation_keeps_the_resolution_and_computes_the_same_in_between(block):
-    """At every 4th position a network of dilations (1, 2, 4) computes what the strided one does."""
+    """Dilations (1, 2, 4) give the strided network's features at every 4th position."""
     strided = ResNet(
         stage_sizes=(1, 2, 2), features=8, stem_features=4, block=block, num_classes=None
     )

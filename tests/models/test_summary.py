@@ -1,4 +1,4 @@
-"""Costs of a model, against counts by hand and the published ones."""
+"""The costs of a model equal counts by hand and published ones."""
 
 import functools
 
@@ -23,7 +23,7 @@ Small = functools.partial(CifarResNet, depth=8, width=8)
 
 
 class Linear(nn.Module):
-    """Two convolutions, nothing between: training keeps what each of them takes."""
+    """Two convolutions with nothing between; training keeps the input of each."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -33,7 +33,7 @@ class Linear(nn.Module):
 
 
 def test_counts_by_hand():
-    """Of 8x6 images: 4x3 positions, kernels 3x3x3x5 and, in five groups, 3x3x1x10."""
+    """8x6 images give 4x3 positions; kernels are 3x3x3x5 and, in five groups, 3x3x1x10."""
     summary = summarize(Linear(), (8, 6, 3))
     assert summary.parameters == 135 + 90 + 10 + 77
     assert summary.flops == 2 * (4 * 3 * (135 + 90) + 70)
@@ -66,7 +66,7 @@ def test_counts_each_turn_of_a_loop():
     [(ResNet18, 1.814), (ResNet50, 4.089), (ResNeXt50_32x4d, 4.230)],
 )
 def test_multiply_adds_are_the_published_ones(network, billions):
-    """And those of each kernel at each position of its convolution's output."""
+    """They also equal each kernel's size times the positions of its convolution's output."""
     model = network()
     images = jnp.ones((1, 224, 224, 3))
     init = functools.partial(model.init_with_output, train=False, capture_intermediates=True)
@@ -91,7 +91,7 @@ def test_multiply_adds_are_the_published_ones(network, billions):
     ids=["gn", "bcn"],
 )
 def test_weight_standardization_costs_nothing_for_each_image(norm):
-    """Kernels are standardized once for all images: neither products nor memory of theirs."""
+    """Kernels are standardized once for all images, without operations or memory per image."""
     plain, standardized = (Small(norm=norm, conv=conv) for conv in (nn.Conv, WSConv))
     assert summarize(standardized, (32, 32, 3)) == summarize(plain, (32, 32, 3))
 
@@ -103,7 +103,7 @@ def test_what_lowers_the_memory_of_activations():
     half, wider_head = cost(small.clone(dtype=jnp.bfloat16)), cost(small.clone(num_classes=1000))
     assert remat._replace(activation_bytes=0) == plain._replace(activation_bytes=0)
     assert remat.activation_bytes < 0.5 * plain.activation_bytes
-    # Not by half: normalizations keep float32.
+    # Memory does not halve, since normalizations keep float32.
     assert half.activation_bytes < 0.9 * plain.activation_bytes
     assert wider_head.activation_bytes == plain.activation_bytes
     assert wider_head.parameters == plain.parameters + 33 * 990

@@ -1,4 +1,4 @@
-"""VGG: its shapes, its size, and images of other sizes than CIFAR's."""
+"""VGG: shapes, number of parameters, and images of other sizes than CIFAR's."""
 
 import functools
 
@@ -13,14 +13,14 @@ from wsbcn_flax.models import VGG, VGG16, VGG19
 
 @pytest.mark.parametrize(("network", "depth"), [(VGG16, 16), (VGG19, 19)])
 def test_has_the_layers_its_name_counts(network, depth):
-    """ImageNet's three dense layers are one here."""
+    """One dense layer replaces the three of ImageNet's VGG."""
     params = abstract_variables(network(), 32)["params"]
     kernels = [path for path in traverse_util.flatten_dict(params) if path[-1] == "kernel"]
     assert len(kernels) == depth - 2
 
 
 def test_number_of_parameters():
-    """Of 3x3 kernels without bias, two numbers per normalized channel, and the head."""
+    """These are 3x3 kernels without bias, two numbers per normalized channel, and the head."""
     model = VGG(stage_sizes=(2, 1), stage_features=(6, 10), num_classes=3)
     expected = 9 * (3 * 6 + 6 * 6 + 6 * 10) + 2 * (6 + 6 + 10) + (10 + 1) * 3
     assert count(abstract_variables(model)["params"]) == expected

@@ -1,4 +1,4 @@
-"""The modes of flax.nnx that every layer must work in."""
+"""The modes of flax.nnx in which every layer must work."""
 
 import flax
 import pytest

@@ -1,4 +1,4 @@
-"""Every public NNX layer and model beside its Linen twin, for tests that run over all of them."""
+"""Every public NNX layer and model with its Linen twin, for tests that run over all of them."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ class Twin:
 
 
 def _layer(linen, make, features, *args, shape, **options):
-    """A layer with the number of input channels that its input has."""
+    """Makes a layer with the number of channels of its input."""
     return Twin(
         make.__name__,
         lambda dtype: linen(features, *args, dtype=dtype, **options),

@@ -70,7 +70,7 @@ def make_step(model, *, mode="jit", devices=1, **micro):
 @functools.cache
 def initial_state(model):
     variables = jax.jit(model.init)(jax.random.key(0))
-    # Zero scales and fresh statistics hide much.
+    # Zero scales and fresh statistics would hide errors.
     leaves, structure = jax.tree.flatten(variables)
     leaves = [leaf + 0.1 * jnp.abs(normal(i, *leaf.shape)) for i, leaf in enumerate(leaves)]
     return TrainState.create(jax.tree.unflatten(structure, leaves), OPTIMIZER)
@@ -122,7 +122,7 @@ class LinenTiny(nn.Module):
 
 
 def test_the_step_is_that_of_the_linen_twin():
-    """From a state of either to a state of either."""
+    """From the same initial state, both steps reach the same state."""
     task = Classification(model=LinenTiny())
     step = make_train_step(task, OPTIMIZER, transform=WeightStandardization())
     expected = jax.jit(step)(initial_state(TINY), BATCH)
@@ -130,7 +130,7 @@ def test_the_step_is_that_of_the_linen_twin():
 
 
 def test_trains_from_a_checkpoint_as_undisturbed(tmp_path):
-    """The whole experiment: evaluation, a checkpoint, and a second run that resumes."""
+    """A whole experiment: evaluation, a checkpoint, and a second run that resumes."""
 
     def batches(*, batch_size, start_step=0, **_):
         return iter(lambda: BATCH, None)
@@ -226,7 +226,7 @@ def test_calls_of_a_shared_layer_are_one_update_as_in_linen():
 
 
 class Random(nnx.Module):
-    """Two dropouts, and a table that is drawn and not trained."""
+    """A model with two dropouts, and a random table that is not trained."""
 
     def __init__(self, rngs):
         self.table = nnx.Variable(jax.random.normal(rngs.params(), (8,)))
@@ -247,7 +247,7 @@ def test_random_streams_start_from_the_key_and_tables_are_constants():
         one, again, other = (train(rngs=rngs) for rngs in keys)
         chex.assert_trees_all_equal(one, again)
         assert jnp.any(one != other)
-        assert jnp.any(one[0] != one[1])  # Every layer drops others.
+        assert jnp.any(one[0] != one[1])  # Each layer drops different values.
         table = model.apply(variables, ones, train=False)[0, 0] - 1
         chex.assert_trees_all_close(table, Random(nnx.Rngs(0)).table[...], atol=1e-6)
         with pytest.raises(ValueError, match=r'draws random numbers.*rngs=\{"dropout": key\}'):

@@ -1,4 +1,4 @@
-"""NNX users rely on this: random numbers, masks, caches, modes, and NNX's transformations."""
+"""NNX layers: random numbers, masks, caches, modes, and NNX's transformations."""
 
 import functools
 
@@ -31,7 +31,7 @@ REPLACED = {
 
 @pytest.mark.parametrize(("plain", "ours", "args", "options"), REPLACED.values(), ids=REPLACED)
 def test_draws_the_random_numbers_of_the_layer_that_it_replaces(plain, ours, args, options):
-    """So that with the same seed every other layer starts as it did."""
+    """So with the same seed, every other layer has the same initial values as before."""
     plain_options = {k: v for k, v in options.items() if k != "preset"}
     plain_options |= {"num_groups": 2} if plain is nnx.GroupNorm else {}
 
@@ -50,7 +50,7 @@ def test_draws_the_random_numbers_of_the_layer_that_it_replaces(plain, ours, arg
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_masked_taps_stay_masked(transposed):
-    """Weight standardization comes before the mask: what is masked cannot change the output."""
+    """The mask is applied after weight standardization, so masked inputs change no output."""
     ours, linen = (
         (WSConvTranspose, wsbcn_flax.WSConvTranspose) if transposed else (WSConv, wsbcn_flax.WSConv)
     )
@@ -82,7 +82,7 @@ def test_equal_layers_share_a_compiled_program():
 
 @pytest.mark.usefixtures("nnx_mode")
 def test_modes():
-    """A call's argument comes before the attribute, which train, eval and view set."""
+    """The argument of a call overrides the attribute, which train, eval and view set."""
     model = nnx.Sequential(WSConv(8, 8, (3, 3), rngs=nnx.Rngs(0)), norm())
     layer = model.layers[1]
     model.eval()
@@ -96,7 +96,7 @@ def test_modes():
     model.train()
     layer(X, use_running_average=True)
     assert layer.count[...] == 0
-    chex.assert_trees_all_equal(model(X), evaluated)  # As the statistics were fresh.
+    chex.assert_trees_all_equal(model(X), evaluated)  # Equal, since statistics were fresh.
     assert layer.count[...] == 1
     with pytest.raises(ValueError, match=r"needs use_running_average.*model.train\(\)"):
         norm(use_running_average=None)(X)

@@ -1,4 +1,4 @@
-"""The parameter transform takes an NNX state as it takes Linen's parameters."""
+"""The parameter transform takes an NNX state in the same way as Linen's parameters."""
 
 import functools
 
@@ -49,7 +49,7 @@ def test_takes_the_kernels_that_it_takes_of_dictionaries():
 
 @pytest.mark.parametrize("preset", ["bcn", "nfnet"])
 def test_a_plain_model_on_its_result_is_the_model_of_ws_layers(preset):
-    """Folded for evaluation, and in the gradient, which comes back with the raw parameters."""
+    """They agree in evaluation with folded kernels, and in gradients of the raw parameters."""
     ws = WeightStandardization(preset=preset)
     graphdef, params, rest = parts()
     ws_graphdef, ws_params, ws_rest = parts(functools.partial(WSConv, preset=preset))

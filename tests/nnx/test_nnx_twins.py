@@ -1,4 +1,4 @@
-"""Same arrays, same numbers: every NNX layer and model equals its Linen twin to the bit."""
+"""With the same arrays, every NNX layer and model equals its Linen twin to the bit."""
 
 import functools
 
@@ -18,7 +18,7 @@ each_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=list(TWINS))
 
 
 def linen_step(twin):
-    """A function of variables and x: output, gradients of parameters and x, new variables."""
+    """Makes (variables, x) -> (output, gradients of parameters and x, new variables)."""
     module = twin.linen(None)
 
     def loss(params, x, variables):
@@ -41,7 +41,7 @@ def nnx_loss(model, x):
 
 @nnx.jit
 def nnx_step(model, x):
-    """Output and gradients of parameters and x; the model changes."""
+    """Returns the output and the gradients of parameters and x; changes the model."""
     gradients, y = nnx.grad(nnx_loss, argnums=(0, 1), has_aux=True)(model, x)
     return y, gradients
 
@@ -52,7 +52,7 @@ def nnx_call(model, x):
 
 
 def pure(gradients):
-    """Gradients of parameters as dictionaries: a state in one mode, a model in another."""
+    """Converts gradients, a state in one mode and a model in the other, to dictionaries."""
     state = gradients if isinstance(gradients, nnx.State) else nnx.state(gradients, nnx.Param)
     return nnx.to_pure_dict(state)
 
@@ -77,7 +77,7 @@ def linen_results(name):
 @pytest.mark.usefixtures("nnx_mode")
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_compute_what_linen_computes_to_the_bit(name):
-    """Output, gradients and state, in each mode of flax.nnx."""
+    """Output, gradients and state are equal, in each mode of flax.nnx."""
     twin = LAYERS[name]
     model = twin.model()
     y, (of_model, of_x) = nnx_step(model, twin.example())
@@ -88,7 +88,7 @@ def test_layers_compute_what_linen_computes_to_the_bit(name):
 
 @pytest.mark.parametrize("twin", MODELS.values(), ids=list(MODELS))
 def test_models_compute_what_linen_computes_to_the_bit(twin):
-    """Output and state."""
+    """Output and state are equal."""
     model = twin.model()
     y = nnx_call(model, twin.example())
     apply = functools.partial(twin.linen(None).apply, **twin.call, mutable=["batch_stats"])
@@ -99,14 +99,14 @@ def test_models_compute_what_linen_computes_to_the_bit(twin):
 
 @each_twin
 def test_variables_have_the_names_shapes_and_dtypes_of_linen(twin):
-    """Which initial values they have differs: Linen draws from keys of its own."""
+    """Only initial values differ, since Linen draws them from other keys."""
     shapes = to_variables(nnx.eval_shape(lambda: twin.make(dtype=None, rngs=nnx.Rngs(0))))
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, twin.variables)
 
 
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet50", "ResNeXt50_32x4d"])
 def test_published_networks_have_the_names_shapes_and_dtypes_of_linen(name):
-    """So that checkpoints of one are checkpoints of the other."""
+    """So checkpoints of one library fit the other."""
     make, norm = getattr(wsbcn_flax.nnx.models, name), wsbcn_flax.nnx.BatchChannelNorm
     shapes = to_variables(nnx.eval_shape(lambda: make(norm=norm, rngs=nnx.Rngs(0))))
     linen = getattr(wsbcn_flax.models, name)(norm=wsbcn_flax.BatchChannelNorm)
@@ -119,7 +119,7 @@ def test_published_networks_have_the_names_shapes_and_dtypes_of_linen(name):
 @pytest.mark.parametrize("twin", LAYERS.values(), ids=list(LAYERS))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(twin, dtype):
-    """Finite, near float32, in the dtype asked for, with the state still in float32."""
+    """The output is finite, near float32's and in the requested dtype; the state is float32."""
     model = twin.model(dtype)
     y, gradients = nnx_step(model, twin.example(dtype))
     chex.assert_tree_all_finite((y, gradients))
@@ -132,7 +132,7 @@ def test_half_precision(twin, dtype):
 
 @pytest.mark.parametrize("name", [*LAYERS, "cifar_resnet"])
 def test_dtypes_and_no_tracer_leaks(name):
-    """In float64 all is float64; of networks in bfloat16, logits are float32."""
+    """In float64 everything is float64; networks in bfloat16 have float32 logits."""
     twin = TWINS[name]
     with jax.enable_x64(True), jax.checking_leaks():
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), twin.variables)

@@ -1,4 +1,4 @@
-"""batch_channel_norm against the authors' arrays, Flax, float64 numpy, and its own promises."""
+"""batch_channel_norm compared with the authors' arrays, Flax and float64 numpy; its invariants."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ each_kind = pytest.mark.parametrize(("statistics", "order"), STATISTICS_AND_ORDE
 
 
 def parameters(features, num_groups, dtype=jnp.float32, seed=10):
-    """Distinct values for all four, the channel part's per group."""
+    """Makes distinct values of all four parameters, those of the channel part per group."""
     sizes = (features, features, num_groups, num_groups)
     values = [normal(seed + i, size, dtype=dtype) for i, size in enumerate(sizes)]
     return [1 + 0.2 * v if i % 2 == 0 else v for i, v in enumerate(values)]
@@ -35,7 +35,7 @@ def parameters(features, num_groups, dtype=jnp.float32, seed=10):
 
 @functools.cache
 def with_parameters(**options):
-    """A function of (x, batch_scale, batch_bias, channel_scale, channel_bias, running, mask)."""
+    """Makes f(x, batch_scale, batch_bias, channel_scale, channel_bias, running, mask)."""
 
     def function(x, batch_scale, batch_bias, channel_scale, channel_bias, running, mask=None):
         return batch_channel_norm(
@@ -92,8 +92,8 @@ def test_equals_the_authors_code(statistics, dtype):
         )
         var = running.var
         if statistics == "batch":
-            # PyTorch's running variance is unbiased, ours is Flax's, biased. Both remember the
-            # initial one with weight (1 - rate)^t, the rest differs by n / (n - 1).
+            # PyTorch's running variance is unbiased; ours, like Flax's, is biased. In both the
+            # initial variance has weight (1 - rate)^t; the rest differs by n / (n - 1).
             initial = (1 - options["rate"]) ** (t + 1)
             var = initial + (var - initial) * (count / (count - 1))
         actual = {"y_nhwc": y, "dx_nhwc": gradients[0], "mean_after": running.mean}
@@ -103,7 +103,7 @@ def test_equals_the_authors_code(statistics, dtype):
             assert value.dtype == dtype
             assert relative_error(value, golden[f"{t}_{name}"]) < TOLERANCE[dtype], (t, name)
     assert running.count == 4
-    # The authors' evaluation divides by their variance.
+    # The authors' evaluation uses their own running variance.
     running = running._replace(var=var)
     evaluate = with_parameters(**options, use_running_average=True)
     y, unchanged = evaluate(get("eval_x_nhwc"), *values, running)
@@ -174,9 +174,9 @@ def test_estimates_are_constants_to_the_gradient(order):
 
 @each_kind
 def test_float32_error(statistics, order):
-    """Against numpy in float64 on the same float32 input, near and far from zero.
+    """The reference is float64 numpy on the same float32 input, near and far from zero.
 
-    With the moments of the batch as running statistics, the error is ten times smaller.
+    If the running statistics are the moments of the batch, the error is ten times smaller.
     """
     norm = compiled(num_groups=4, statistics=statistics, order=order)
     signs = (np.ones(16), np.where(np.arange(16) % 3 == 0, -1.0, 1.0))
@@ -212,7 +212,7 @@ def test_float32_gradient_error(statistics, order):
 
 @each_kind
 def test_bfloat16_gradient_error(statistics, order):
-    """Of the output and all gradients but x's, which is rounded; sums there are about zero."""
+    """Output and gradients have small errors; only the gradient of x is rounded to bfloat16."""
     options = {"num_groups": 4, "statistics": statistics, "order": order, "dtype": jnp.float32}
     for ratio in (0.0, 1e1, 1e2, 1e3):
         x = (ratio + normal(1, 2, 14, 14, 16)).astype(jnp.bfloat16)
@@ -254,12 +254,12 @@ def test_half_precision_is_rounded_only_at_the_end(statistics, order, dtype):
 
 
 def valid_pixels(x, mask):
-    """The valid positions of all samples as a batch [N, C]."""
+    """Returns the valid positions of all samples as a batch [N, C]."""
     return np.asarray(x)[np.broadcast_to(np.asarray(mask, bool)[..., 0], x.shape[:-1])]
 
 
 def unequal_masks(batch, height, width):
-    """A rectangle of another size in each sample."""
+    """Makes masks with a rectangle of a different size in each sample."""
     rows, columns = np.indices((height, width))
     masks = [(rows <= i % height) & (columns <= (2 * i + 1) % width) for i in range(batch)]
     return jnp.asarray(np.stack(masks)[..., None])
@@ -269,14 +269,14 @@ def unequal_masks(batch, height, width):
 @each_kind
 def test_masked_statistics_weigh_every_pixel_once(statistics, order):
     x, mask = normal(1, 3, 6, 8, 12, dtype=jnp.float64), unequal_masks(3, 6, 8)
-    x = x + jnp.arange(3.0).reshape(3, 1, 1, 1)  # Else a mean of samples' means would do.
+    x = x + jnp.arange(3.0).reshape(3, 1, 1, 1)  # A mean of the samples' means is then wrong.
     running = running_stats(2, 12, jnp.float64)
     options = {"num_groups": 4, "statistics": statistics, "order": order}
     y, new = compiled(**options)(x, running, mask=mask)
     pixels = valid_pixels(x, mask)
     expected = oracles.batch_channel_norm(pixels, running.mean, running.var, **options)
     assert tree_relative_error((new.mean, new.var), expected[1:]) < 1e-12
-    # The channel part is of each sample's own valid region, whatever statistics the first used.
+    # The channel part uses each sample's own valid region, whatever statistics the first part used.
     used = {
         "batch": (pixels.mean(0), pixels.var(0)),
         "estimate": expected[1:] if order == "update_first" else running[:2],
@@ -289,14 +289,14 @@ def test_masked_statistics_weigh_every_pixel_once(statistics, order):
 
 @each_kind
 def test_padding_does_not_leak_whatever_it_holds(statistics, order):
-    """Nor does a batch without valid positions change the statistics."""
+    """A batch without valid positions does not change the statistics either."""
     mask, running = unequal_masks(3, 4, 5), running_stats(2, 6)
     function = with_parameters(num_groups=2, statistics=statistics, order=order)
     x, values = jnp.where(mask, normal(1, 3, 4, 5, 6), 0), parameters(6, 2)
     dy = jnp.where(mask, normal(2, 3, 4, 5, 6), 0)
 
     def run(x):
-        # The output of padding, and so the pull-back to it, may be anything; the rest may not.
+        # Only the output at padding, and the gradient there, may be anything.
         y, (dx, *gradients), new = value_gradients_and_stats(
             function, (x, *values), dy, running, mask
         )
@@ -316,7 +316,7 @@ def test_padding_does_not_leak_whatever_it_holds(statistics, order):
 
 @each_kind
 def test_one_bad_batch_does_not_stay_in_the_state(statistics, order):
-    """The square of 3e19 overflows. The output shows it; the channel's statistics stay."""
+    """The square of 3e19 overflows. The output is not finite; the channel's statistics stay."""
     x, running = normal(1, 2, 4, 4, 6), running_stats(2, 6)
     norm = compiled(num_groups=3, statistics=statistics, order=order)
     _, expected = norm(x, running)
@@ -330,7 +330,7 @@ def test_one_bad_batch_does_not_stay_in_the_state(statistics, order):
 
 
 def test_rate_may_be_a_schedule_of_the_count():
-    """1 / (count + 1) makes the running mean the mean over all batches."""
+    """With rate 1 / (count + 1), running statistics are means over all batches."""
     batches = normal(1, 5, 2, 4, 4, 6)
     running = RunningStats.fresh(6)
     norm = compiled(num_groups=2, statistics="batch", rate=lambda count: 1 / (count + 1))
@@ -342,7 +342,7 @@ def test_rate_may_be_a_schedule_of_the_count():
 
 
 def test_estimates_reach_the_true_moments():
-    """The published code's rate is a buffer of zero: its estimates never move."""
+    """In the published code the rate is a buffer of zeros, so its estimates never move."""
     true_mean, true_std = jnp.linspace(-3, 3, 6)[None, None, None], 2.0
     running = RunningStats.fresh(6)
     for seed in range(100):
@@ -399,7 +399,7 @@ def test_normalize_first_is_the_same_however_the_batch_is_split():
     ],
 )
 def test_eight_devices_equal_one(statistics, order, mode, masked, mesh8):
-    """With gradients through the collectives, and another number of valid pixels on each device."""
+    """Gradients pass through the collectives; each device has its own number of valid pixels."""
     x, dy = (normal(seed, 16, 4, 5, 6, dtype=jnp.float64) for seed in (1, 2))
     x = x + jnp.arange(16.0).reshape(16, 1, 1, 1)
     mask = unequal_masks(16, 4, 5) if masked else jnp.ones((16, 4, 5, 1), bool)
@@ -434,7 +434,7 @@ def test_eight_devices_equal_one(statistics, order, mode, masked, mesh8):
 
 
 def test_layers_of_one_shape_are_traced_and_lowered_once():
-    """Forward and backward: tracing a deep network would take many times BatchNorm's seconds."""
+    """Otherwise tracing a deep network would take many times as long as with BatchNorm."""
 
     def functions(depth):
         def network(x):

@@ -1,4 +1,4 @@
-"""channel_norm against nn.GroupNorm, and on the valid region of a masked input."""
+"""channel_norm equals nn.GroupNorm, also on the valid region of a masked input."""
 
 import functools
 
@@ -35,7 +35,7 @@ def test_equals_flax_group_norm_with_its_gradients(shape, num_groups):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch, request):
-    """There groups are summed by a product with a matrix."""
+    """On TPU, groups are summed by a product with a matrix."""
     x, dy = (1 + normal(seed, 2, 5, 7, 12, dtype=jnp.float64) for seed in (1, 2))
     scale, bias = (normal(seed, 12, dtype=jnp.float64) for seed in (3, 4))
     function = functools.partial(channel_norm, num_groups=num_groups)
@@ -56,7 +56,7 @@ def test_the_form_for_tpu_is_the_same_function(num_groups, monkeypatch, request)
 
 @pytest.mark.parametrize(("platform", "products"), [("tpu", True), ("cpu", False)])
 def test_groups_are_products_on_tpu_alone(platform, products):
-    # Under vmap, where a TPU has no kernel for it.
+    # Under vmap no TPU kernel is used.
     norm = jax.vmap(functools.partial(channel_norm, num_groups=3))
     traced = jax.jit(norm).trace(jnp.ones((1, 2, 4, 4, 12)))
     lowered = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -77,7 +77,7 @@ def test_half_precision_is_rounded_only_at_the_end(dtype, ratio):
 
 @pytest.mark.usefixtures("x64")
 def test_small_deviations_from_a_far_mean():
-    """With a shift for each channel the channels' means would be rounded at their full size."""
+    """With a shift for each channel, the means of channels would be rounded at full magnitude."""
     x = 100 + 0.01 * normal(1, 2, 16, 16, 8)
     y = channel_norm(x, num_groups=4, epsilon=1e-8)
     expected = channel_norm(x.astype(jnp.float64), num_groups=4, epsilon=1e-8)

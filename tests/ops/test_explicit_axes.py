@@ -1,4 +1,4 @@
-"""Batch, positions or channels split over a mesh, by explicit or automatic axes: one result."""
+"""Splitting batch, positions or channels over explicit or automatic axes changes no result."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def on_mesh(mesh, function, specs, arrays):
 
 
 def loss_and_gradients(function, *primals):
-    """The output, gradients of all arrays and auxiliary results, as training needs them."""
+    """Returns the function's outputs and the gradients of all arrays, as training needs them."""
     value = lambda *p: (jnp.sum(jnp.sin((out := function(*p))[0])), out)  # noqa: E731
     (_, out), gradients = jax.value_and_grad(
         value, argnums=tuple(range(len(primals))), has_aux=True

@@ -1,4 +1,4 @@
-"""bfloat16 with running means that are nowhere near the data, as in the first steps."""
+"""bfloat16 inputs with running means far from the data, as in the first steps."""
 
 import functools
 
@@ -26,11 +26,11 @@ DATA = {
 @pytest.mark.parametrize("statistics", ["batch", "estimate"])
 @pytest.mark.parametrize("running_mean", [0.0, 1e4])
 def test_outputs_are_rounded_only_at_the_end(running_mean, statistics, shape):
-    """Within twice the rounding of the float64 result, beside float32's own error at zero."""
+    """The error is at most twice the result's rounding, plus float32's own error near zero."""
     options = {"num_groups": 4, "statistics": statistics, "order": "normalize_first"}
     norm = jax.jit(functools.partial(batch_channel_norm, **options))
     running = RunningStats.fresh(12)._replace(mean=jnp.full(12, running_mean))
-    # The distance to a running mean, in the first map and in the new mean, has float32's digits.
+    # The distance to a running mean, in the output and in the new mean, has float32 precision.
     coarse = running_mean * 2.0**-22
     for name, draw in DATA.items():
         x = jnp.asarray(draw(shape), jnp.bfloat16)
@@ -47,7 +47,7 @@ def test_outputs_are_rounded_only_at_the_end(running_mean, statistics, shape):
 
 
 def test_x_is_in_no_branch():
-    """XLA for TPU keeps what a conditional takes out of the chip's own memory."""
+    """XLA for TPU does not keep operands of a conditional in the chip's own memory."""
     norm = functools.partial(batch_channel_norm, running=RunningStats.fresh(4), num_groups=2)
     x = jnp.ones((8, 6, 6, 4), jnp.bfloat16)
     lowered = jax.jit(lambda x: norm(x)[0]).trace(x).lower(lowering_platforms=("tpu",))

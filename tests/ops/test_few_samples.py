@@ -1,4 +1,4 @@
-"""A barrier stands before the normalization where a chip holds few samples, and only there."""
+"""A barrier precedes the normalization exactly where a chip holds few samples."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_on_one_device(samples, few):
 
 @pytest.mark.parametrize(("samples", "few"), [(8, False), (16, True), (32, True), (40, False)])
 def test_on_eight_devices(samples, few, mesh8):
-    """A shard_map's batch is a device's own; a jit's is that of all of them."""
+    """Under shard_map the batch is a device's own; under jit it spans all devices."""
     manual = jax.shard_map(forward, mesh=mesh8, in_specs=P("data"), out_specs=P("data"))
     assert has_barrier(manual, samples) == few
     partition = Partition(mode="jit", devices=list(mesh8.devices.flat))

@@ -1,4 +1,4 @@
-"""Forward mode, for kernels, Gauss-Newton and Fisher products, and linearized networks."""
+"""Forward mode, for tangent kernels, Gauss-Newton and Fisher products, linearized networks."""
 
 import functools
 
@@ -21,7 +21,7 @@ def draw(seed, *shape):
 
 
 def assert_forward_is_reverse(function, *primals):
-    """<t, J^T g> = <J t, g>, and the tangent is the limit of a difference."""
+    """Asserts <t, J^T g> = <J t, g>, and that the tangent is the limit of a difference."""
     tangents = tuple(draw(20 + i, *p.shape) for i, p in enumerate(primals))
     y, forward = jax.jit(lambda p, t: jax.jvp(function, p, t))(primals, tangents)
     g = draw(30, *y.shape)
@@ -96,7 +96,7 @@ class Network(nn.Module):
     ("kind", "train"), [("transformed", True), ("layers", False), ("folded", True)]
 )
 def test_a_neural_tangent_kernel_is_the_same_by_either_mode(kind, train):
-    """J J^T of a network's outputs with respect to its parameters."""
+    """The kernel is J J^T, where J is the Jacobian of a network by its parameters."""
     model = Network(conv=WSConv if kind == "layers" else nn.Conv)
     x = draw(1, 2, 6, 6, 3)
     variables = model.init(jax.random.key(0), x, train=False)

@@ -1,4 +1,4 @@
-"""channel_moments against float64 numpy, cancellation, masks."""
+"""channel_moments equals float64 numpy, without cancellation and with masks."""
 
 import chex
 import jax
@@ -102,7 +102,7 @@ def test_masks_broadcast(shape):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 60.0, 1e3, 1e6])
 def test_bfloat16_loses_nothing_to_cancellation(ratio, masked):
-    """Not even where one position of 3,136 differs, by the last bit: 4e-6 of a squared mean."""
+    """The variance is right even if only one of 3,136 positions differs, by 2^-7 of the mean."""
     x = (ratio + normal(0, 2, 56, 56, 8)).astype(jnp.bfloat16)
     one_bit = jnp.full((2, 56, 56), max(ratio, 1.0), jnp.bfloat16)
     x = x.at[..., 0].set(one_bit).at[..., 1].set(one_bit.at[:, 3, 3].multiply(1 + 2**-7))
@@ -120,7 +120,7 @@ def test_bfloat16_loses_nothing_to_cancellation(ratio, masked):
 
 @pytest.mark.parametrize("ratio", [0.0, 10.0, 100.0])
 def test_a_distant_shift_costs_less_than_rounding_to_bfloat16(ratio):
-    """Float32's cancellation stays below the variance that rounding added to the data."""
+    """Cancellation in float32 stays below the variance that rounding adds to the data."""
     x = (ratio + normal(0, 2, 32, 32, 8)).astype(jnp.bfloat16)
     moments = compiled_moments(x, shift=jnp.zeros(8))
     exact = np.asarray(x, np.float64)

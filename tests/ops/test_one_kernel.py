@@ -1,4 +1,4 @@
-"""The kernels that a TPU runs in place of many small operations: same numbers, right places."""
+"""TPU kernels that replace many small operations: equal results, and use where intended."""
 
 import functools
 
@@ -24,7 +24,7 @@ KERNEL = "tpu_custom_call"
 
 @pytest.fixture
 def kernels_run(monkeypatch, traced_anew):
-    """Lets the kernels run here, as on a TPU; returns the list of those that did."""
+    """Lets the kernels run here as on a TPU; returns the list of kernels that ran."""
     ran = []
 
     def run_kernel(function, kernel, *arguments):
@@ -38,7 +38,7 @@ def kernels_run(monkeypatch, traced_anew):
 
 
 def bcn_and_gradients(affine, x, statistics="estimate", masked=False, **options):
-    """The gradient of x; and the output, all other gradients, and the new statistics."""
+    """Returns the gradient of x, and (output, all other gradients, new statistics)."""
     size = {"group": 4, "channel": 12}[affine]
     dy = normal(2, *x.shape)
     parameters = (normal(3, 12), normal(4, 12), normal(5, size), normal(6, size))
@@ -80,7 +80,7 @@ def test_batch_channel_norm_by_kernels(affine, options, dtype, request):
     ran = request.getfixturevalue("kernels_run")
     actual, actual_others = bcn_and_gradients(affine, x, **options)
     assert len(ran) >= 2
-    # In bfloat16 both orders of arithmetic are within 2e-6 of float64.
+    # In bfloat16 both implementations are within 2e-6 of float64.
     bound = {jnp.float32: 2e-6, jnp.bfloat16: 4e-6}[dtype]
     assert tree_relative_error(actual_others, others) < bound
     assert tree_relative_error(actual, dx) < {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}[dtype]
@@ -147,7 +147,7 @@ def test_kernels_are_where_a_device_has_its_own_arrays(mesh8):
 
 
 def test_everywhere_else_the_function_itself_is_used():
-    """Where samples are many, under vmap, for a transposed kernel and in a second derivative."""
+    """No kernel is used for many samples, vmap, transposed kernels or second derivatives."""
     x = jnp.ones((2, 4, 4, 12))
     assert KERNEL not in lowered(train_step, jnp.ones((16384, 1, 2, 12)))
     assert KERNEL not in lowered(jax.vmap(train_step), x[None])

@@ -1,4 +1,4 @@
-"""The backward pass keeps x itself of the forward pass, and little else."""
+"""From the forward pass, the backward pass keeps x itself and little else."""
 
 import functools
 
@@ -11,7 +11,7 @@ from wsbcn_flax.ops import RunningStats, batch_channel_norm, channel_norm, stand
 
 
 def sizes_kept(function, *primals):
-    """The number of elements of each array that the pull-back holds on to, largest first."""
+    """Returns the number of elements of each array that the pull-back keeps, largest first."""
     pull_back = jax.vjp(function, *primals)[1]
     arrays = {id(leaf): leaf.size for leaf in jax.tree.leaves(pull_back)}
     return sorted(arrays.values(), reverse=True)

@@ -1,4 +1,4 @@
-"""Gradients in closed form are functions of x like any other: they can be differentiated."""
+"""Gradients in closed form can be differentiated again."""
 
 import functools
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def hessian_products(function, x, scale):
-    """Both ways of differentiating the gradient of a sum, along a direction."""
+    """Differentiates a gradient along a direction, in forward and in reverse mode."""
     along = (normal(5, *x.shape, dtype=x.dtype), normal(6, *scale.shape, dtype=x.dtype))
 
     def gradient(x, scale):
@@ -42,7 +42,7 @@ def test_of_channel_norm():
 
 @pytest.mark.parametrize("statistics", ["batch", "estimate"])
 def test_of_batch_channel_norm(statistics):
-    """Its batch part is a plain formula, which autodiff differentiates."""
+    """The reference writes the batch part as a plain formula, which autodiff differentiates."""
     x, scale = 1 + normal(1, 2, 3, 5, 12, dtype=jnp.float64), normal(2, 12, dtype=jnp.float64)
     running = RunningStats(normal(3, 12, dtype=jnp.float64), jnp.full(12, 2.0), jnp.zeros(()))
     options = {"num_groups": 4, "statistics": statistics, "order": "normalize_first"}

@@ -1,4 +1,4 @@
-"""standardize against the authors' arrays, a second implementation, autodiff and Flax."""
+"""standardize equals the authors' arrays, a second implementation, autodiff and Flax."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
 def formula(preset, kernel, xp=np, out_axis=-1):
-    """The oracle for a kernel of any rank."""
+    """Applies the oracle to a kernel of any rank."""
     moved = xp.moveaxis(kernel, out_axis, -1)
     with jax.numpy_rank_promotion("allow"):
         hat = STANDARDIZED[preset](moved.reshape(-1, moved.shape[-1]), xp)
@@ -101,7 +101,7 @@ def test_equals_the_formula_with_its_derivatives(preset, shape):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("preset", ["official", "nfnet"])
 def test_derivatives_equal_finite_differences(preset):
-    """Of the gain too, and of the kernel and the gain in turn."""
+    """This covers the kernel, the gain, and mixed second derivatives."""
     kernel = 0.5 + normal(1, 3, 2, 4, dtype=jnp.float64)
     gain = 1 + 0.1 * normal(2, 4, dtype=jnp.float64)
     function = lambda k, g: standardize(k, preset=preset, gain=g)  # noqa: E731
@@ -152,7 +152,7 @@ def test_half_precision_kernels_are_computed_in_float32(preset, dtype):
     np.testing.assert_array_equal(hat, wide.astype(dtype))
     of_wide = wide_vjp(dy.astype(jnp.float32))[0]
     np.testing.assert_array_equal(vjp(dy)[0], of_wide.astype(dtype))
-    # The output alone in half precision, with a gain that is not rounded before it.
+    # Only the output is in half precision; the gain is not rounded before.
     gain = jnp.float32([1.003, 2, 3, 4, 5])
     narrow, narrow_vjp = jax.vjp(
         lambda k: standardize(k, preset=preset, gain=gain, dtype=dtype), kernel.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Images of bright rectangles, and a detector that is small enough to compile in a test."""
+"""Images of bright rectangles, and a detector small enough to compile in a test."""
 
 import functools
 
@@ -16,7 +16,7 @@ SLOTS = 3
 
 
 def tiny(*, norm=BCN, with_mask=True, **options):
-    """A detector of two classes, with ``norm`` in the pyramid and the heads."""
+    """Makes a detector of two classes, with ``norm`` in the pyramid and the heads."""
     backbone = ResNet(
         (1, 1, 1, 1),
         features=8,
@@ -40,7 +40,7 @@ def tiny(*, norm=BCN, with_mask=True, **options):
 
 
 def scenes(count, *, seed=0, size=64):
-    """A batch of images with up to three rectangles; every fourth image has none.
+    """Makes a batch of images with up to three rectangles; every fourth image has none.
 
     Every third image is smaller and padded.
     """

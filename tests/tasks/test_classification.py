@@ -13,7 +13,7 @@ from wsbcn_flax.training import NonFiniteLossError, TrainState, evaluate, make_e
 
 
 class FixedLogits(nn.Module):
-    """Answers with its one parameter, whatever the image."""
+    """A network that returns its one parameter as logits, whatever the image."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -39,7 +39,7 @@ def test_refuses_label_smoothing_of_one():
 
 
 class GivenLogits(nn.Module):
-    """Answers with the image itself."""
+    """A network that returns the image itself as logits."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -61,7 +61,7 @@ def test_five_classes_have_no_top5_error():
     batch = {"image": np.zeros((2, 1, 1, 5)), "label": np.array([0, 4]), "mask": np.ones(2)}
     sums = Classification(model=GivenLogits()).evaluate({}, {}, batch)
     assert set(sums) == {"loss", "error"}
-    # Of equal logits the first is the guess: a network that says nothing is not right.
+    # Of equal logits the first is the guess, so a constant network is not always right.
     assert float(sums["error"].total) == 1
 
 
@@ -69,7 +69,7 @@ def test_five_classes_have_no_top5_error():
 
 
 def given(logits, label, mask=None):
-    """A batch of logits as images, for `GivenLogits`."""
+    """Makes a batch with logits as images, for `GivenLogits`."""
     logits, label = jnp.asarray(logits), jnp.asarray(label)
     mask = jnp.ones(len(label)) if mask is None else jnp.asarray(mask)
     return {"image": logits[:, None, None], "label": label, "mask": mask}
@@ -136,7 +136,7 @@ def test_one_hot_targets_are_their_labels(smoothing, dtype):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_soft_targets_mix_the_losses_of_their_labels(smoothing):
-    """Mixup; cross-entropy is linear in the targets."""
+    """This is mixup; cross-entropy is linear in the targets."""
     one, other = LABELS, np.roll(LABELS, 1)
     targets = 0.7 * np.eye(7, dtype=np.float32)[one] + 0.3 * np.eye(7, dtype=np.float32)[other]
     (loss, metrics), gradient = loss_and_gradient(given(LOGITS, targets), smoothing)
@@ -167,7 +167,7 @@ def test_half_precision_logits_have_a_float32_loss(dtype):
 
 
 def test_classes_may_be_ruled_out():
-    """A logit of minus infinity is a probability of zero; of another class it costs nothing."""
+    """A logit of minus infinity is a probability of zero, which costs nothing for other classes."""
     logits = np.where(np.arange(7) == 3, -np.inf, LOGITS)
     for label in (LABELS, np.eye(7)[LABELS]):
         (loss, _), gradient = loss_and_gradient(given(logits, label))

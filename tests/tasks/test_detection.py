@@ -1,4 +1,4 @@
-"""Detection on the one training loop: split invariance, padding, what counts and what does not."""
+"""Detection in training and evaluation: split invariance, padding, and what affects the step."""
 
 import functools
 
@@ -27,7 +27,7 @@ def initial_state():
 
 @functools.cache
 def compiled(*, devices=1, count=1):
-    """The partition and the compiled step of eight images, split in one way."""
+    """Returns the partition and the compiled step of eight images for one split."""
     partition = Partition(devices=jax.devices()[:devices])
     step = make_train_step(
         TASK,
@@ -40,7 +40,7 @@ def compiled(*, devices=1, count=1):
 
 
 def run(batch, *, state=None, **split):
-    """The state and metrics after one step from a state, the initial one by default."""
+    """Takes one step from ``state``, by default the initial one; returns state and metrics."""
     partition, step = compiled(**split)
     state = partition.place_state(initial_state() if state is None else state)
     return jax.device_get(step(state, partition.place_batch(batch)))
@@ -52,7 +52,7 @@ def first_step():
 
 
 def relative_difference(one, other):
-    """Largest over all arrays of max |a - b| / max |a|."""
+    """Returns the largest max |a - b| / max |a| over all arrays."""
     scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
     return max(jax.tree.leaves(scaled))
 
@@ -61,7 +61,7 @@ EACH_IMAGE_ALONE = {"devices": 4, "count": 2}
 
 
 def test_every_split_gives_the_same_step():
-    """The second step, from statistics and momentum that have moved."""
+    """This compares the second step, since statistics and momentum have then moved."""
     state, _ = first_step()
     batch = scenes(8, seed=1)
     whole, alone = run(batch, state=state), run(batch, state=state, **EACH_IMAGE_ALONE)
@@ -79,7 +79,7 @@ def test_one_all_reduce():
 
 
 def test_every_parameter_learns_but_the_frozen_ones():
-    state, metrics = run(scenes(8), state=first_step()[0])  # The first moves scales from zero.
+    state, metrics = run(scenes(8), state=first_step()[0])  # The first step moves scales from zero.
     assert set(metrics) > LOSSES
     assert metrics["loss"] == pytest.approx(sum(metrics[name] for name in LOSSES), rel=1e-6)
     (trace,) = [part.trace for part in state.opt_state if hasattr(part, "trace")]
@@ -120,7 +120,7 @@ def test_samples_follow_the_step_and_the_image_and_not_its_place():
 
 
 def test_it_learns_one_image():
-    """Its copies draw the same samples, as they have the same id."""
+    """All copies of the image draw the same samples, since they have the same id."""
     batch = {name: np.repeat(array[3:4], 8, axis=0) for name, array in scenes(8).items()}
     state, first = run(batch)
     for _ in range(40):
@@ -130,7 +130,7 @@ def test_it_learns_one_image():
 
 @functools.cache
 def detect(width):
-    """Variables that detect something, and the compiled evaluation of images 64 x width."""
+    """Returns the compiled evaluation of images 64 x width, with variables that detect objects."""
     task = tiny(norm=GN, leave_out_padding=True)
     shapes = jax.eval_shape(task.init, jax.random.key(0), scenes(1))["params"]
     leaves, structure = jax.tree.flatten(shapes)
@@ -141,7 +141,7 @@ def detect(width):
 
 
 def padded(batch, width):
-    """The same images in a wider padding, which holds numbers that nothing may look at."""
+    """Puts the images in a wider padding of values that must not matter."""
     image = np.full((len(batch["image"]), 64, width, 3), 7, np.float32)
     image[:, :, :64] = batch["image"]
     return {**batch, "image": image}
@@ -153,7 +153,7 @@ def test_a_padded_image_has_the_detections_of_the_image():
     assert alone["valid"].all()
     for name, expected in alone.items():
         np.testing.assert_allclose(wider[name], expected, rtol=1e-3, atol=1e-3, err_msg=name)
-    # What shows that this tells something: with the padding as a part of the image.
+    # A negative control: results differ if the padding counts as a part of the image.
     other = detect(96)({**padded(batch, 96), "image_hw": np.array([[64, 96]] * 2)})
     assert np.abs(other["scores"] - alone["scores"]).max() > 0.01
 
@@ -184,7 +184,7 @@ def test_what_evaluation_returns():
     ids=["faster", "authors"],
 )
 def test_other_detectors(options, losses):
-    """Without masks, and by the authors' conventions, whose boxes end with their last pixel."""
+    """Detectors without masks, and with the authors' conventions, where boxes end with a pixel."""
     task = tiny(norm=GN, **options)
     batch = {k: v for k, v in scenes(2).items() if options.get("with_mask", True) or k != "masks"}
     params = jax.eval_shape(task.init, jax.random.key(0), batch)["params"]

@@ -37,7 +37,7 @@ def random_boxes(seed, *shape):
 
 
 def greedy(boxes, scores, threshold):
-    """Indices that non-maximum suppression keeps, the best first."""
+    """Returns the indices that non-maximum suppression keeps, the best first."""
     kept = []
     for index in np.argsort(-scores):
         overlap = [float(box_iou(boxes[index][None], boxes[other][None])[0, 0]) for other in kept]
@@ -52,7 +52,7 @@ def clipped(boxes, image_hw):
 
 
 def first_stage(images=2):
-    """Two levels of anchors; some of the second are of padding that is left out."""
+    """Makes outputs and anchors of two levels; some anchors of the second are not valid."""
     anchors = [
         Anchors(np.asarray(random_boxes(seed, count)), jnp.ones((images, count), bool))
         for seed, count in [(1, 12), (3, 7)]
@@ -83,7 +83,7 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
             best = [i for i in np.argsort(-scores)[:6] if scores[i] > -np.inf]
             boxes = np.asarray(decode_boxes(deltas[image], jnp.asarray(level.boxes)))
             boxes = clipped(boxes, IMAGE_HW[image])
-            best = [i for i in best if np.all(boxes[i, 2:] > boxes[i, :2])]  # Not outside.
+            best = [i for i in best if np.all(boxes[i, 2:] > boxes[i, :2])]  # Not empty.
             boxes = boxes[best]
             kept = greedy(jnp.asarray(boxes), scores[best], 0.3)
             found += [(scores[best][i], boxes[i]) for i in kept]
@@ -96,7 +96,7 @@ def test_proposals_are_the_best_of_each_level_without_duplicates():
 
 def test_proposals_of_one_image_depend_on_the_others_only_per_device():
     outputs, anchors = first_stage()
-    outputs[0] = (outputs[0][0].at[1].add(9.0), outputs[0][1])  # The second image's are better.
+    outputs[0] = (outputs[0][0].at[1].add(9.0), outputs[0][1])  # The second image scores higher.
     of_first = jax.tree.map(lambda x: x[:1], outputs)
     valid = [a._replace(valid=a.valid[:1]) for a in anchors]
     options = {"per_level": 6, "count": 5, "iou_threshold": 0.7, "convention": TORCHVISION}
@@ -126,7 +126,7 @@ def test_anchors_of_the_padding_are_left_out(size, leave_out, expected):
 
 
 def test_losses_of_the_first_stage():
-    """With as many samples as anchors, which leave nothing to chance."""
+    """There are more samples than anchors, so the sample is not random."""
     references = np.asarray([[0, 0, 20, 20], [30, 30, 50, 50], [2, 0, 20, 20]], np.float32)
     anchors = [Anchors(references, jnp.ones((1, 3), bool))]
     logits, deltas = jnp.array([[0.5, -1.0, 2.0]]), normal(1, 1, 3, 4)
@@ -140,7 +140,7 @@ def test_losses_of_the_first_stage():
         samples=6,
         convention=TORCHVISION,
     )
-    # The first and the third overlap the object by 1 and 0.9, the second by 0.
+    # The first and third anchors overlap the object with IoU 1 and 0.9, the second with 0.
     signs = np.array([1, -1, 1])
     expected = np.log1p(np.exp(-signs * logits[0])).sum()
     assert (float(objectness.total[0]), int(objectness.samples[0])) == pytest.approx((expected, 3))
@@ -151,7 +151,7 @@ def test_losses_of_the_first_stage():
 
 
 def test_regions_are_proposals_and_annotated_boxes():
-    """Those that overlap an object by half come first, a quarter at most, then background."""
+    """Regions that overlap an object by half come first, at most a quarter; then background."""
     near, far = [0, 0, 20, 18], [40, 40, 60, 60]
     proposals = Boxes(boxes_at([[near, far, far, near]]), jnp.array([[True, True, True, False]]))
     truth = Boxes(boxes_at([[[9, 9, 9, 9], [0, 0, 20, 20]]]), jnp.array([[False, True]]))
@@ -231,7 +231,7 @@ def test_detections_are_the_best_of_every_class_without_duplicates(pixel):
             )
             boxes = clipped(boxes, IMAGE_HW[image] - pixel)
             rows = np.flatnonzero(proposals.valid[image] & (chances[:, label] > 0.1))
-            # Overlaps with the last pixel included are those of boxes that are longer by one.
+            # If boxes include their last pixel, overlaps are those of boxes longer by one.
             longer = jnp.asarray(boxes[rows] + np.array([0, 0, pixel, pixel]), jnp.float32)
             for i in greedy(longer, chances[rows, label], 0.4):
                 expected.append((chances[rows[i], label], label, boxes[rows[i]]))

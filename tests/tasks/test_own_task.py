@@ -1,4 +1,4 @@
-"""A task of one's own goes through the same loop, partitions, checkpoints and evaluation."""
+"""A user's own task works with the same loop, partitions, checkpoints and evaluation."""
 
 import functools
 
@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 class Regression(Task):
-    """Least squares for every pixel, with pixels that do not count."""
+    """Least squares for every pixel, where some pixels have no weight."""
 
     model = Net()
 
@@ -47,7 +47,7 @@ class Regression(Task):
 
 
 class Noise:
-    """Batches that follow from the step alone; whole samples and devices may not count."""
+    """Batches that depend on the step alone; whole samples and devices may have no weight."""
 
     element_spec = {  # noqa: RUF012
         "x": jax.ShapeDtypeStruct((6, 6, 3), np.float32),
@@ -78,7 +78,7 @@ class Noise:
         return {"pixels": 36}
 
 
-# --- what must hold of it ---------------------------------------------------------------------
+# --- tests ------------------------------------------------------------------------------------
 
 
 def experiment(**batch):
@@ -93,7 +93,7 @@ def experiment(**batch):
 
 
 def course(split, steps=2):
-    """States and metrics of some steps, and the evaluation of the last."""
+    """Returns states and metrics of some steps, and the evaluation of the last state."""
     made = experiment(**split)
     program = made.compile()
     state, seen = program.init(0), []
@@ -160,7 +160,7 @@ def test_it_resumes_and_is_evaluated_by_its_average(tmp_path):
     assert metrics == again
     assert (tmp_path / "a" / "data.json").read_text() == '{\n  "pixels": 36\n}\n'
 
-    # The average, by hand: decay min(0.9, (1 + k) / (10 + k)) at step k.
+    # The average computed by hand: the decay at step k is min(0.9, (1 + k) / (10 + k)).
     state = program.init(0)
     average = jax.device_get(state.params)
     for number, batch in zip(range(1, 5), made.batches(program.partition, 0, 0), strict=False):

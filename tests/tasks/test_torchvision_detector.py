@@ -1,5 +1,6 @@
-"""Mask R-CNN of torchvision's parts, with GN+WS in ResNet-50, pyramid and heads, and ours.
+"""Our Mask R-CNN with GN+WS equals one built from torchvision's parts.
 
+GN+WS is in ResNet-50, the pyramid and the heads.
 The same parameters give the same features, proposals, detections, losses and gradients. `-s` prints
 the differences.
 """
@@ -21,15 +22,15 @@ from wsbcn_flax.transforms import import_checkpoint
 
 torch = pytest.importorskip("torch", reason="comparing needs the extra torch")
 pytestmark = [
-    # The boxes of a batch of one image are lists of one array there.
+    # torchvision keeps the boxes of a batch of one image as a list of one array.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
 
-TOLERANCE = 1e-6  # Of the largest value of each array, in float64.
-# Multiples of 64: elsewhere torchvision spreads the anchors of P6 over the image.
+TOLERANCE = 1e-6  # Relative to the largest value of each array, in float64.
+# The sides are multiples of 64; otherwise torchvision spreads the anchors of P6 over the image.
 HEIGHT, WIDTH, CLASSES, PROPOSALS = 128, 192, 3, 60
 SIZES = (16, 32, 48, 64, 96)
-REGIONS = 4 * (PROPOSALS + 2)  # So many that all proposals and both objects are taken.
+REGIONS = 4 * (PROPOSALS + 2)  # Enough to take all proposals and both objects.
 ANCHORS = 2 * 3 * sum(HEIGHT * WIDTH // stride**2 for stride in (4, 8, 16, 32, 64))
 
 
@@ -77,7 +78,7 @@ def theirs():
         mask_head=MaskRCNNHeads(256, [256] * 4, 1, norm),
     )
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.GroupNorm):  # Away from where they start.
+        if isinstance(module, torch.nn.GroupNorm):  # Values other than the initial ones.
             torch.nn.init.normal_(module.weight, 1, 0.1)
             torch.nn.init.normal_(module.bias, 0, 0.1)
         normalized = "rpn" not in name and "predictor" not in name
@@ -85,11 +86,11 @@ def theirs():
             torch.nn.utils.parametrize.register_parametrization(
                 module, "weight", WeightStandardization()
             )
-    # Else all scores are nearly equal, and their order is chance.
+    # Otherwise all scores are nearly equal, and rounding decides their order.
     torch.nn.init.normal_(model.rpn.head.cls_logits.weight, 0, 0.2)
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, 0, 0.2)
     torch.nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, 0, 0.02)
-    return model.double()  # Else a rounding now and then changes the order of proposals.
+    return model.double()  # In float32, rounding sometimes changes the order of proposals.
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,7 +138,7 @@ def torch_images(batch):
 
 
 def imported(arrays):
-    """Our parameters, or their gradients, from those of torchvision's model."""
+    """Converts parameters, or their gradients, of torchvision's model to ours."""
     arrays = {
         name.replace("parametrizations.weight.original", "weight"): array.detach().numpy()
         for name, array in arrays
@@ -149,7 +150,7 @@ def imported(arrays):
     del backbone["head"]
 
     def layer(name):
-        """A convolution, dense layer or normalization."""
+        """Converts a convolution, dense layer or normalization."""
         kernel = arrays[f"{name}.weight"]
         bias = {"bias": arrays[f"{name}.bias"]} if f"{name}.bias" in arrays else {}
         if kernel.ndim == 1:
@@ -169,7 +170,7 @@ def imported(arrays):
 
     rpn, roi = "rpn.head", "roi_heads"
     fc6 = layer(f"{roi}.box_head.5")
-    # Rows, columns and channels are flattened in another order.
+    # torchvision flattens rows, columns and channels in another order.
     fc6["kernel"] = fc6["kernel"].reshape(256, 49, -1).transpose(1, 0, 2).reshape(256 * 49, -1)
     deconv = layer(f"{roi}.mask_predictor.conv5_mask")
     deconv["kernel"] = deconv["kernel"].swapaxes(2, 3)
@@ -211,7 +212,7 @@ def params(theirs):
 
 
 def assert_close(name, received, expected):
-    """Compares with the largest of the expected values as the measure."""
+    """Asserts that the error is small relative to the largest expected value."""
     received, expected = np.asarray(received), np.asarray(expected)
     assert received.shape == expected.shape, name
     difference = np.abs(received - expected).max() / np.abs(expected).max()
@@ -227,7 +228,7 @@ def test_parameters_are_those_of_our_model(task, params, batch):
 
 @pytest.fixture(scope="module")
 def their_stages(theirs, batch):
-    """Pyramid, proposals and detections, before masks are pasted into the image."""
+    """Their pyramid, proposals and detections, before masks are pasted into the image."""
     theirs.eval()
     with torch.no_grad():
         images, _ = theirs.transform([torch_images(batch)[0]])

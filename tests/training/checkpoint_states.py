@@ -1,4 +1,4 @@
-"""States to save, and what looks at the files they are saved in."""
+"""States to save, and helpers that inspect or damage the saved files."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A disk with no room for a file beyond some size."""
+"""A simulated full disk."""
 
 import contextlib
 import resource
@@ -6,7 +6,7 @@ import resource
 
 @contextlib.contextmanager
 def full_disk(size: int):
-    """Makes a write fail that would let a file grow beyond ``size`` bytes."""
+    """Makes writes fail that would let a file grow beyond ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -53,7 +53,7 @@ metadata={op_name="jit(step)/transpose(jvp(Net))/block10/norm1/jvp(Net)/block10/
 
 
 def test_operations_are_those_that_run_and_those_of_loops_as_often_as_they_run():
-    """A fusion's inside, and a custom call that computes nothing, take no time of their own."""
+    """Operations inside a fusion, and custom calls that compute nothing, are not counted."""
     found = estimated_operations(PROGRAM, trips=3, bytes_per_cycle=1000)
     bytes_moved = 2 * 1000 * 3072 + 4 * 8 + 4 * 8 + 4
     assert [(o.cycles, o.times, o.is_custom_call) for o in found] == [
@@ -121,7 +121,7 @@ def test_bisection_finds_what_trying_all_finds(limit):
     sizes = [48, 1, 2, 3, 4, 6, 8, 12, 16, 24]
     fit = largest_that_fits(sizes, lambda size: size, limit=limit)
     assert fit.size == max(size for size in sizes if size <= limit)
-    # Compilations are slow: few are tried, the answer among them.
+    # Compilations are slow, so few sizes are tried; the answer must be one of them.
     assert len(fit.tried) <= 5
     assert fit.tried[fit.size] <= limit
 

@@ -151,7 +151,7 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path):
 
 
 def placed(state: State, devices: int) -> State:
-    """Spreads the last axis over devices where it divides, and copies the rest to all."""
+    """Splits the last axis over devices where its size is 16, and copies other arrays to all."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
 
     def place(x):

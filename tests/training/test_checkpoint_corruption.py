@@ -19,8 +19,8 @@ from wsbcn_flax.training.checkpoints import (
     CorruptCheckpointError,
 )
 
-# When one of several concurrent reads of a corrupt file fails, orbax closes the event loop that the
-# callbacks of the others then look for.
+# When one of several concurrent reads of a corrupt file fails, orbax closes the event loop, which
+# callbacks of the other reads still need.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s)Exception ignored in. None.*Event loop is closed"
     ":pytest.PytestUnraisableExceptionWarning"
@@ -62,13 +62,13 @@ def test_damage_to_any_file_is_skipped_or_harmless(tmp_path, how):
             assert [w.category for w in caught] == [CheckpointWarning] * (2 - step)
             skipped += [name] * (2 - step)
             (newest / name).write_bytes(data)
-    # Files whose every byte matters; the others hold what a restore can do without.
+    # Every byte of these files matters; a restore does not need the other files.
     assert {"meta/metadata", "state/manifest.ocdbt"} <= set(skipped)
     assert any("/d/" in name for name in skipped)
 
 
 def test_orbax_alone_would_restore_the_wrong_numbers(tmp_path):
-    """Why the checksums are kept; if this fails, orbax has learned to do it itself."""
+    """This is why checksums are kept; if it fails, orbax now verifies data itself."""
     x = np.asarray(jax.random.bits(jax.random.key(0), (64, 64)))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"x": jnp.asarray(x)})

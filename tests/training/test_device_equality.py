@@ -1,4 +1,4 @@
-"""Eight devices train as one does, in every mode and with every normalization that allows it."""
+"""Eight devices train like one, in every mode and with every normalization that allows it."""
 
 import functools
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from wsbcn_flax.training import (
 )
 
 STEPS = 5
-TOLERANCE = 5e-6  # Relative, for each step taken.
+TOLERANCE = 5e-6  # Relative error allowed per step.
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
 
 class Norm(NamedTuple):
-    """A normalization, modes that must equal one device, and whether it syncs where it can."""
+    """A normalization, the modes that must equal one device, and whether it takes an axis_name."""
 
     make: Callable[..., nn.Module]
     modes: tuple[str, ...]
@@ -64,7 +64,7 @@ def initial_state(name):
 
 @functools.cache
 def partition_and_step(name, mode, devices=8, *, synced=True, shard_optimizer=False):
-    """Compiled once for all tests that take the same steps."""
+    """Compiles a step once for all tests that use it."""
     partition = Partition(
         mode=mode, devices=jax.devices()[:devices], shard_optimizer=shard_optimizer
     )
@@ -78,7 +78,7 @@ def partition_and_step(name, mode, devices=8, *, synced=True, shard_optimizer=Fa
 
 
 def course(name, *split, **options):
-    """The results of every step."""
+    """Yields the results of every step."""
     partition, step = partition_and_step(name, *split, **options)
     state = partition.place_state(initial_state(name))
     for number in range(STEPS):
@@ -92,9 +92,10 @@ def course_alone(name):
 
 
 def relative_difference(one, other):
-    """Largest |a - b| / |a| of parameters, statistics, momentum and metrics, in 2-norms.
+    """Returns the largest |a - b| / |a| of parameters, statistics, momentum and metrics.
 
-    Of each as a whole: a bias before another normalization has a gradient that nearly cancels.
+    Each |a| is the 2-norm of a whole tree, since the gradient of a bias before another
+    normalization nearly cancels.
     """
     norms = [
         [np.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in jax.tree.leaves(t))) for t in trees]
@@ -131,7 +132,7 @@ def compilations():
     ("name", "mode"), [(name, mode) for name, norm in NORMS.items() for mode in norm.modes]
 )
 def test_eight_devices_equal_one(name, mode, compilations):
-    """Several steps are the same, and only the first compiles."""
+    """Several steps agree, and only the first compiles."""
     assert_same_course(compilations, name, mode)
 
 
@@ -180,13 +181,13 @@ def test_a_sharded_optimizer_evaluates_and_survives_a_checkpoint(tmp_path):
 
 
 def test_sharding_the_optimizer_needs_jit():
-    with pytest.raises(ValueError, match='needs mode="jit", received'):
+    with pytest.raises(ValueError, match=r'needs mode="jit".*received'):
         Partition(mode="shard_map", shard_optimizer=True)
 
 
 @pytest.fixture(scope="module")
 def saved_on_eight(tmp_path_factory):
-    """A checkpoint of step 2, and the loss of every step of the run that goes on from it."""
+    """A checkpoint of step 2, and the loss of every step of the uninterrupted run."""
     partition, step = partition_and_step("bcn", "shard_map")
     state = partition.place_state(initial_state("bcn"))
     folder, losses = tmp_path_factory.mktemp("checkpoints"), []

@@ -1,4 +1,4 @@
-"""Evaluation counts every sample once, on any devices, and hands outputs to its evaluators."""
+"""Evaluation counts every sample once on any devices, and passes outputs to evaluators."""
 
 import chex
 import flax.linen as nn
@@ -41,7 +41,7 @@ def make_batch(size, seed=0):
 
 
 def pad(batch, size):
-    """Padding that would be seen: NaN images and a label that is no class."""
+    """Pads with NaN images and a label that is not a class, which would show in the metrics."""
     extra = size - len(batch["label"])
     return {
         "image": np.concatenate([batch["image"], np.full((extra, 8, 8, 1), np.nan, np.float32)]),
@@ -94,7 +94,7 @@ def test_evaluation_standardizes_the_kernels_before_the_first_batch():
 
 
 class Predicts:
-    """A task whose evaluation returns predictions beside a mean."""
+    """A task whose evaluation returns predictions and a mean."""
 
     def evaluate(self, params, batch_stats, batch):
         return {"twice": 2 * batch["x"], "mean": Mean.of(batch["x"], weight=batch["mask"])}

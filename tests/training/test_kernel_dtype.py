@@ -1,4 +1,4 @@
-"""Kernels rounded once a step: the same numbers, accumulated in float32."""
+"""Kernels rounded once a step give the same results; gradients accumulate in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SGD = optax.sgd(1.0)
 
 
 def step_of_sums(kernels, batch, **options):
-    """A step whose loss is the mean over samples of weight times each kernel's sum."""
+    """Takes a step with a loss equal to the mean weight times the sum of all kernels."""
     seen = {}
 
     def loss_fn(params, batch_stats, batch, *, rng):
@@ -51,7 +51,7 @@ def test_kernels_alone_are_rounded_and_none_is_widened():
 
 @pytest.mark.parametrize("loop", ["scan", "unroll"])
 def test_gradients_accumulate_in_float32(loop):
-    """256 + 1 is 256 in bfloat16; the micro-batches' mean is of all four."""
+    """256 + 1 is 256 in bfloat16, but the mean over micro-batches counts all four."""
     kernels = {"conv": jnp.zeros((1, 1, 2, 2))}
     batch = {"weight": jnp.array([256.0, 1.0, 1.0, 1.0])}
     micro_batches = MicroBatches(count=4, loop=loop)
@@ -68,7 +68,7 @@ def test_a_transform_returns_kernels_alone_in_its_dtype():
 
 
 def test_a_network_takes_the_step_that_it_takes_without():
-    """In bfloat16, whose rounding is the layers' own or the step's."""
+    """In bfloat16 the layers or the step may round kernels, with equal results."""
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(4, 8, 8, 3)).astype(np.float32),

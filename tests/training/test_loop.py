@@ -36,7 +36,7 @@ def new_state():
 
 
 def batches_from(done, poison=None):
-    """Batch k follows from k alone, as the pipelines' do; NaN at the poisoned step."""
+    """Yields batches that depend on their number alone; the one at step ``poison`` is NaN."""
     for number in itertools.count(done + 1):
         x = np.random.default_rng(number).normal(size=(4, 3)).astype(np.float32)
         yield {"x": np.full_like(x, np.nan) if number == poison else x}

@@ -1,4 +1,4 @@
-"""Scaling the loss changes nothing where numbers are wide, and saves what float16 would lose."""
+"""Scaling the loss changes nothing in float32, and keeps gradients that float16 would lose."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ OPTIMIZER = optax.sgd(0.5, momentum=0.9)
 
 
 def loss_fn(params, batch_stats, batch, *, rng):
-    """A mean of squares in the parameter's dtype of computation, with a statistic of the batch."""
+    """Computes a mean of squares, in float16 if the batch has "half", and a batch statistic."""
     x = batch["x"].astype(jnp.float16 if "half" in batch else jnp.float32)
     error = x * params["w"].astype(x.dtype)[None] - 1
     return jnp.mean(jnp.square(error).astype(jnp.float32)), ({"mean": jnp.mean(batch["x"])}, {})
@@ -54,7 +54,7 @@ def test_a_power_of_two_changes_no_bit_in_float32(loop):
 
 
 def test_a_gradient_that_float16_loses_is_kept():
-    """Gradients of 2e-9, below the least float16 of 6e-8."""
+    """Gradients of 3e-9 are below 6e-8, the smallest positive float16."""
     batch = {"x": np.full((16, 3), 1e-8, np.float32), "half": np.zeros(16)}
 
     def tiny(params, batch_stats, batch, *, rng):
@@ -86,7 +86,7 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_recovers():
                 )
         else:
             break
-    # Halved at each overflow.
+    # The scale halves at each overflow.
     overflows = int(sum(skipped))
     assert overflows >= 2
     assert skipped[:overflows] == [1.0] * overflows
@@ -110,7 +110,7 @@ def test_an_overflow_on_one_device_skips_the_step_on_all(mode):
     partition = Partition(mode=mode)
     step = partition.compile(make_train_step(loss_fn, OPTIMIZER, axis_name=partition.axis_name))
     batch = make_batch()
-    batch["x"][-1] = 1e30  # Its square overflows, in the last device's share.
+    batch["x"][-1] = 1e30  # Its square overflows, on the last device.
     state = partition.place_state(new_state(scale=2.0**100))
     state, metrics = step(state, partition.place_batch(batch | {"x": batch["x"]}))
     assert float(metrics["skipped"]) == 1

@@ -11,7 +11,7 @@ from wsbcn_flax.training import OptimizerConfig, kernel_mask
 
 @pytest.mark.parametrize(("decays_everything", "scale_decay"), [(False, 0.0), (True, 0.01)])
 def test_follows_pytorchs_sgd(decays_everything, scale_decay):
-    """The learning rate multiplies the momentum buffer, and decay joins the gradient."""
+    """The learning rate multiplies the momentum buffer, and decay is added to the gradient."""
     config = OptimizerConfig(
         schedule="step",
         milestones=(1.0,),
@@ -36,7 +36,7 @@ def test_follows_pytorchs_sgd(decays_everything, scale_decay):
 
 
 def test_detectors_treat_biases_apart_and_freeze():
-    """The learning rate of biases is doubled, they do not decay, and what is frozen stays."""
+    """Biases have twice the learning rate and do not decay; frozen parameters stay."""
     config = OptimizerConfig(
         schedule="constant",
         weight_decay=0.01,
@@ -91,7 +91,7 @@ def test_warmup_then_cosine():
 
 
 def test_warmup_from_a_third():
-    """The factor of maskrcnn-benchmark at iteration i is (1 - i / n) / 3 + i / n."""
+    """In maskrcnn-benchmark the factor at iteration i of n is (1 - i / n) / 3 + i / n."""
     config = OptimizerConfig(
         learning_rate=0.3, warmup_epochs=1, warmup_start=1 / 3, schedule="constant"
     )

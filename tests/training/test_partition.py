@@ -63,7 +63,7 @@ def test_refuses_an_indivisible_batch():
 
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
 def test_options_reach_the_compiler(mode):
-    """Products that do not depend on each other are all held at once, unless in another order."""
+    """By default independent products are all in memory at once; in another order they are not."""
 
     def step(state, batch):
         x = jnp.mean(batch["x"]) + state
@@ -144,7 +144,7 @@ def test_steps_refuse_a_batch_that_is_committed_elsewhere(mode, where):
 
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
 def test_a_donated_state_is_refused(mode):
-    """JAX's answer may be the end of the process."""
+    """JAX itself might end the process."""
     partition = Partition(mode=mode)
     compiled = partition.compile(lambda state, batch: (jax.tree.map(jnp.negative, state), {}))
     batch = partition.place_batch({"x": np.zeros(8, np.float32)})

@@ -1,4 +1,4 @@
-"""A process alone; `tests/experiments` starts several."""
+"""Functions for several processes, in a single one; `tests/experiments` starts several."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def test_sigterm_outside_of_training_ends_a_process_as_ever():
 
 @pytest.fixture
 def in_the_foreground():
-    """Makes Ctrl-C raise KeyboardInterrupt: a test run in the background ignores it."""
+    """Makes Ctrl-C raise KeyboardInterrupt, since test runs in the background ignore it."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)

@@ -1,4 +1,4 @@
-"""A folder belongs to one recipe and to one run at a time, and only once that run has begun."""
+"""A folder belongs to one recipe and one run at a time, from that run's first record on."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ from wsbcn_flax.training.writers import read_jsonl, write_json
 
 
 class Line(Task):
-    """Fits a number to numbers."""
+    """A task that fits one number to numbers."""
 
     def init(self, key, batch):
         return {"params": {"w": jnp.zeros(())}}
@@ -89,7 +89,7 @@ def test_a_run_that_failed_before_its_first_step_has_no_claim(tmp_path):
 
 @pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints"])
 def test_another_recipe_is_refused_with_the_values_that_differ(tmp_path, trace):
-    """A record of metrics or a checkpoint, each alone, is a run."""
+    """A record of metrics alone, or a checkpoint alone, makes the folder hold a run."""
     run(tmp_path)
     other = "checkpoints" if trace == "metrics.jsonl" else "metrics.jsonl"
     (tmp_path / other).rename(tmp_path.with_name(f"{tmp_path.name}_{other}"))

@@ -1,4 +1,4 @@
-"""The signature: the same step however the global batch is split over devices and micro-batches."""
+"""The main promise: the step does not depend on the split over devices and micro-batches."""
 
 import functools
 
@@ -27,7 +27,7 @@ BATCH = make_batch()
 
 @functools.cache
 def make_step(model, *, mode="jit", devices=1, **micro):
-    """The partition and the step that it compiles, one for all tests of the same split."""
+    """Returns the partition and its compiled step, shared by all tests of the same split."""
     task = Classification(model=model)
     partition = Partition(mode=mode, devices=jax.devices()[:devices])
     step = make_train_step(
@@ -48,14 +48,14 @@ def initial_state(model):
 
 @functools.cache
 def state_after_one_step(model):
-    """A state whose estimates, momentum and zero-initialized scales have moved."""
+    """Returns a state whose estimates, momentum and zero-initialized scales have moved."""
     partition, step = make_step(model)
     state, _ = step(partition.place_state(initial_state(model)), partition.place_batch(BATCH))
     return jax.device_get(state)
 
 
 def one_step(model, batch=BATCH, **split):
-    """New parameters, batch_stats, momentum (the gradient's mark) and metrics of one step."""
+    """Takes one step; returns parameters, batch_stats, momentum (for the gradient) and metrics."""
     partition, step = make_step(model, **split)
     state = partition.place_state(state_after_one_step(model))
     state, metrics = step(state, partition.place_batch(batch))
@@ -75,7 +75,7 @@ SPLITS = [
 
 
 TINY = TinyNet(BCN)
-# Several channels in each group: of one alone, a batch scale has no gradient but rounding.
+# Groups have several channels: with one channel, a batch scale's gradient is only rounding.
 RESNET = ResNet(
     stage_sizes=(1,), features=16, stem_features=8, block=BasicBlock, num_classes=10, norm=BCN
 )
@@ -99,9 +99,9 @@ def test_a_split_gives_the_same_step_of_a_resnet():
 
 
 def test_few_samples_are_rounded_as_many_are_in_bfloat16():
-    """Where one activation is rounded otherwise all that follows may differ by 1e-3, as with GN.
+    """If one activation is rounded differently, later ones may differ by 1e-3, as with GN.
 
-    A barrier before few samples, which changed what XLA for CPU rounds, made it 4e-2.
+    With a barrier before few samples, XLA for CPU rounded differently; the difference was 4e-2.
     """
     model = TinyNet(functools.partial(BCN, dtype=jnp.bfloat16))
     batch = {**BATCH, "image": BATCH["image"].astype(jnp.bfloat16)}
@@ -122,7 +122,7 @@ def test_the_others_depend_on_the_split(model):
     ids=["average", "carry"],
 )
 def test_loops_agree(loops, options):
-    """With statistics that depend on the split, scan, unroll and vmap still agree."""
+    """Even if statistics depend on the split, scan, unroll and vmap agree."""
     model = OTHERS["bcn_update_first"]
     first, *runs = (one_step(model, count=4, loop=loop, **options) for loop in loops)
     for run in runs:
@@ -130,7 +130,7 @@ def test_loops_agree(loops, options):
 
 
 def test_carry_is_one_update_per_micro_batch():
-    """Carried statistics equal those of applying the model to one micro-batch after another."""
+    """Carried statistics equal those of applying the model to the micro-batches in turn."""
     model = OTHERS["bcn_update_first"]
     _, after, *_ = one_step(model, count=4, loop="scan", batch_stats="carry")
     state = state_after_one_step(model)
@@ -210,7 +210,7 @@ def test_pull_back_equals_the_gradient_through_the_transform():
 
 
 def test_dropout_differs_between_steps_devices_and_micro_batches(mesh8):
-    """Each gets random numbers of its own from the step's seed."""
+    """Each gets its own random numbers from the step's seed."""
     drawn = []
 
     def loss_fn(params, batch_stats, batch, *, rng):

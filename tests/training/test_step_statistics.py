@@ -1,4 +1,4 @@
-"""A step's statistics, whatever the calls, masks, micro-batches and devices they come from."""
+"""A step's statistics do not depend on how calls, micro-batches and devices split activations."""
 
 import functools
 
@@ -44,7 +44,7 @@ class Scanned(nn.Module):
             y = nn.Conv(x.shape[-1], (3, 3), use_bias=False, name="conv")(x)
             return nn.relu(Norm(use_running_average=False, name="norm")(y, mask=mask)), None
 
-        if self.is_initializing():  # Flax carries only what is there.
+        if self.is_initializing():  # nn.scan carries only variables that exist.
             return body(self, x)[0].mean((1, 2))
         scan = nn.scan(
             body,
@@ -64,7 +64,7 @@ def rematerialized(**options):
 def batch():
     rng = np.random.default_rng(0)
     x = rng.normal(0.5, 2.0, (16, 8, 8, 8)).astype(np.float32)
-    # From no column at all to all of them: whole micro-batches and devices are masked.
+    # Masks keep from no column to all columns; whole micro-batches and devices are masked.
     columns = np.array([0, 0, 1, 8, 0, 0, 5, 3, 0, 2, 7, 4, 0, 6, 8, 8])
     mask = np.arange(8)[None, None, :, None] < columns[:, None, None, None]
     return {"x": x, "mask": mask, "y": rng.normal(size=(16, 8)).astype(np.float32)}
@@ -82,7 +82,7 @@ def make_loss_fn(model, *, masked):
 
 @functools.cache
 def make_step(model, *, masked, mode="jit", devices=1, **micro):
-    """The partition and the step that it compiles, one for all tests of the same split."""
+    """Returns the partition and its compiled step, shared by all tests of the same split."""
     partition = Partition(mode=mode, devices=jax.devices()[:devices])
     step = make_train_step(
         make_loss_fn(model, masked=masked),
@@ -127,7 +127,7 @@ _references = {}
 def test_every_split_gives_the_same_step(name, model, split, batch):
     masked = name.startswith("masked")
     if name not in _references:
-        # From the second step on: estimates, momentum and parameters have moved.
+        # Compares the second step, since estimates, momentum and parameters have then moved.
         state, _ = one_step(model, batch, masked=masked)
         _references[name] = state, one_step(model, batch, masked=masked, state=state)
     state, expected = _references[name]
@@ -136,7 +136,7 @@ def test_every_split_gives_the_same_step(name, model, split, batch):
 
 
 def test_what_flax_does_depends_on_the_split(batch):
-    """A negative control of the tolerance above: each call sees the one before."""
+    """A negative control of the tolerance above: each call uses the previous call's update."""
     sequential = functools.partial(BatchChannelNorm, num_groups=4, order="update_first")
     whole, _ = one_step(Shared(sequential), batch, masked=False)
     split, _ = one_step(Shared(sequential), batch, masked=False, count=16, loop="vmap")
@@ -144,7 +144,7 @@ def test_what_flax_does_depends_on_the_split(batch):
 
 
 def apply_twice(first, second, **options):
-    """A layer called twice in one apply, outside of any training step."""
+    """Calls a layer twice in one apply, outside of any training step."""
 
     class Twice(nn.Module):
         @nn.compact
@@ -162,7 +162,7 @@ def apply_twice(first, second, **options):
 
 
 def test_two_calls_in_one_apply_are_one_call_on_both(batch):
-    """The second is normalized as the first, and the update is that of both together."""
+    """Both calls use the same statistics, and the update is that of both together."""
     first, second = batch["x"][:8], batch["x"][8:] + 1
     (y1, y2), twice = apply_twice(first, second)
     norm = Norm(use_running_average=False)
@@ -236,7 +236,7 @@ def test_statistics_that_are_not_bcns_pass_through(batch):
     """nn.BatchNorm beside a BatchChannelNorm, and a loss that leaves statistics alone."""
 
     class Centered(nn.Module):
-        """Somebody else's, with statistics of the same names."""
+        """A user's own layer, with statistics of the same names."""
 
         @nn.compact
         def __call__(self, x):

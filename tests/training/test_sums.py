@@ -23,7 +23,7 @@ def tree():
 
 
 def on_devices(mesh, mean):
-    """The function on each device's own row of every array."""
+    """Applies the function to each device's own row of every array."""
     own = lambda arrays: mean(jax.tree.map(lambda x: x[0], arrays))  # noqa: E731
     return jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
 
@@ -39,13 +39,13 @@ def test_is_the_sum_of_every_array_in_its_own_dtype(mesh8):
 
 
 def test_gradients_of_matrices_alone_are_added_up_in_another_dtype(mesh8):
-    """Not statistics that are matrices, as those of stacked layers are."""
+    """Statistics that are matrices, such as those of stacked layers, keep their dtype."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 2), "bias": (7,), "stacked": (2, 5)}
     batch = {k: rng.normal(size=(8, *shape)).astype(np.float32) for k, shape in shapes.items()}
 
     def loss_fn(params, batch_stats, batch, *, rng):
-        """The parameters' gradients, and the statistics, are the means of the batch."""
+        """A loss whose gradients, like its statistics, are the means of the batch."""
         means = jax.tree.map(lambda x: x.mean(0), batch)
         loss = sum(jnp.vdot(params[name], means[name]) for name in params)
         return loss, ({"stacked": means["stacked"]}, {})
@@ -62,7 +62,7 @@ def test_gradients_of_matrices_alone_are_added_up_in_another_dtype(mesh8):
     sent = re.findall(
         r"all_reduce.*?-> tensor<([^>]*)>", step.lower(*arguments).as_text(), re.DOTALL
     )
-    assert sorted(sent) == ["2x5xf32", "3x2xbf16", "9xf32"]  # The loss and its weight: 7 + 2.
+    assert sorted(sent) == ["2x5xf32", "3x2xbf16", "9xf32"]  # 9: bias (7), loss, its weight.
     new, _ = step(*arguments)
     for name, mean in (new.params | new.batch_stats).items():
         assert mean.dtype == jnp.float32
@@ -81,7 +81,7 @@ def test_a_dtype_to_reduce_in_needs_an_axis():
 
 
 def test_scalars_and_vectors_travel_as_one(mesh8):
-    """The all-reduce has an operand for each kernel, and one for all the rest together."""
+    """The all-reduce has an operand for each kernel, and one for all other arrays together."""
 
     def operands(mean):
         hlo = jax.jit(on_devices(mesh8, mean)).lower(tree()).as_text()

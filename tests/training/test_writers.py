@@ -76,7 +76,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, resume_step):
     write_steps(resumed, range(resume_step + 1, 10), resume_step=resume_step)
     start = min(resume_step + 1, 9)
     expected = whole.read_text().splitlines()
-    if resume_step == 9:  # the file ends before the step it is resumed from
+    if resume_step == 9:  # The file ends before the step from which it is resumed.
         expected = expected[:start]
     assert resumed.read_text().splitlines() == expected
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
@@ -95,7 +95,7 @@ def test_a_line_cut_off_anywhere_by_a_kill_does_no_harm(tmp_path):
     lines = whole.read_text().splitlines(keepends=True)
     for length in range(len(lines[3])):
         cut.write_text("".join(lines[:3]) + lines[3][:length])
-        complete = length == len(lines[3]) - 1  # but for the newline
+        complete = length == len(lines[3]) - 1  # Only the newline is missing.
         assert len(read_jsonl(cut)) == 3 + complete
         write_steps(cut, range(3 + complete, 4), resume_step=3)
         assert cut.read_text() == whole.read_text()
@@ -137,12 +137,12 @@ def test_a_metric_that_is_no_scalar_is_named(tmp_path, value):
 
 
 def tensorboard_scalars(directory) -> dict[str, dict[int, float]]:
-    """Reads event files in order; a session that starts at a step hides what came at or after."""
+    """Reads event files in order; a session's start at a step hides records from that step on."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     scalars: dict[str, dict[int, float]] = {}
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
-        while data:  # length, checksum, event, checksum
+        while data:  # A record is length, checksum, event, checksum.
             (length,) = struct.unpack("<Q", data[:8])
             event = event_pb2.Event.FromString(data[12 : 12 + length])
             data = data[12 + length + 4 :]

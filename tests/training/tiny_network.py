@@ -7,7 +7,7 @@ from wsbcn_flax.models._layers import bind_mode
 
 
 class TinyNet(nn.Module):
-    """Two convolutions, each with a normalization, and a head: quick to compile."""
+    """A network of two normalized convolutions and a head, which is fast to compile."""
 
     norm: object
     features: int = 8
@@ -23,7 +23,7 @@ class TinyNet(nn.Module):
 
 
 def make_batch(seed=0, size=16):
-    """Images and labels of ten classes."""
+    """Makes images and labels of ten classes."""
     rng = np.random.default_rng(seed)
     return {
         "image": rng.normal(0.5, 2.0, (size, 8, 8, 3)).astype(np.float32),

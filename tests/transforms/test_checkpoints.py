@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' and torchvision's come in exactly, and go out bit for bit."""
+"""The authors' and torchvision's checkpoints are imported exactly and exported bit for bit."""
 
 import functools
 import hashlib
@@ -24,9 +24,9 @@ from wsbcn_flax.transforms import (
     import_checkpoint,
 )
 
-TOLERANCE = 1e-4  # Relative, of float32 against the float64 oracle.
+TOLERANCE = 1e-4  # Relative error of float32 compared with the float64 oracle.
 
-# Of each published checkpoint: arrays, numbers, and the SHA-256 of its sorted [key, shape] list.
+# Each published checkpoint's arrays, elements, and SHA-256 of its sorted [key, shape] list.
 PUBLISHED = {
     "R-50-GN-WS": (
         161,
@@ -110,13 +110,13 @@ def our_logits(name):
     return logits(name, checkpoint_spec(name).preset)
 
 
-# Each convention of weight standardization; `test_convert.py` has the others of the golden logits.
+# One name per convention of WS; `test_convert.py` tests the other golden logits.
 each_convention = pytest.mark.parametrize("name", ["X-50-32x4d-GN-WS", "R-50-BCN-WS"])
 
 
 @each_convention
 def test_logits_are_those_that_pytorch_computed(name):
-    """Golden logits of the PyTorch model with the same weights: see torch_resnet.py."""
+    """Golden logits are from the PyTorch model with the same weights; see torch_resnet.py."""
     assert relative_error(our_logits(name), np.load(torch_resnet.GOLDEN)[name]) < TOLERANCE
 
 
@@ -128,7 +128,7 @@ def test_logits_are_those_of_pytorch(name):
 
 @each_convention
 def test_logits_of_another_convention_are_others(name):
-    """The oracle tells where epsilon stands and what the variance divides by."""
+    """So the oracle distinguishes the place of epsilon and the divisor of the variance."""
     golden = np.load(torch_resnet.GOLDEN)[name]
     for preset in {"bcn", "official", "official_tf", None} - {checkpoint_spec(name).preset}:
         assert relative_error(logits(name, preset), golden) > 10 * TOLERANCE, preset
@@ -143,7 +143,7 @@ def test_folding_is_the_transform():
 
 
 def test_plain_batch_norm_has_no_count():
-    """It is dropped, may be absent as in PyTorch's oldest files, and is zero on export."""
+    """The count is dropped, may be absent as in PyTorch's oldest files, and is exported as zero."""
     arrays = export_checkpoint(numbered_variables("resnet18"), "resnet18")
     counts = {key: np.int64(7) for key in arrays if key.endswith("num_batches_tracked")}
     assert len(counts) == 20
@@ -176,7 +176,7 @@ def test_a_prefix_that_some_keys_lack_is_none():
 
 @pytest.mark.parametrize("name", ["R-50-GN-WS", "R-50-BCN-WS"])
 def test_axes_of_length_one_do_not_matter(name):
-    """Exports of TensorFlow's have scales (1, 1, 1, C); a head may be a 1x1 convolution."""
+    """Exports from TensorFlow have scales (1, 1, 1, C); a head may be a 1x1 convolution."""
     variables = numbered_variables(name)
     arrays = export_checkpoint(variables, name)
     shapes = {
@@ -197,7 +197,7 @@ def test_axes_of_length_one_do_not_matter(name):
 @pytest.mark.parametrize(
     ("key", "shape"),
     [
-        ("layer1.0.conv1.weight", (1, 1, 64, 64)),  # HWIO's, as well as OIHW's with axes moved.
+        ("layer1.0.conv1.weight", (1, 1, 64, 64)),  # HWIO, or OIHW with axes moved.
         ("layer1.0.conv1.weight", (64, 64)),
         ("layer1.1.conv1.weight", (1, 1, 256, 64)),
         ("fc.weight", (2048, 1000)),

@@ -22,7 +22,7 @@ def paths(model, *inputs, **kwargs):
 
 
 class Wrapped(nn.Module):
-    """conv, what stands between, norm; then a convolution whose output is the model's."""
+    """A convolution, the module ``between``, a norm, and an output convolution."""
 
     between: object
     conv: object = Conv
@@ -94,7 +94,7 @@ def test_does_not_follow_through_anything_else(between):
 
 
 class Block(nn.Module):
-    """A pre-activation block, callable as the body of a scan too."""
+    """A pre-activation block, which can also be the body of a scan."""
 
     conv: object = Conv
     norm: object = Norm
@@ -176,7 +176,7 @@ BODIES = {
     ("body", "use_bias"), [("plain", False), *((body, True) for body in BODIES)]
 )
 def test_sees_through_flax_transformations(body, use_bias):
-    """Layers that are stacked in one kernel are known by the axes of one layer's."""
+    """A kernel of stacked layers is reported with the number of axes of one layer's kernel."""
     make, expected = BODIES[body]
     taken = normalized_convolutions(Net(make, use_bias), X)
     assert taken == tuple(ConvolutionKernel(f"{path}/kernel", 4) for path in [*expected, "stem"])
@@ -212,7 +212,7 @@ def test_a_convolution_mapped_by_itself():
 
 
 class UNet(nn.Module):
-    """With an output convolution, named as the caller likes, beside its normalizations."""
+    """A U-Net whose output convolution, beside the normalizations, is named ``out``."""
 
     out: str
     use_bias: bool
@@ -237,7 +237,7 @@ def test_an_output_convolution_is_not_taken_whatever_its_name(out, use_bias):
 
 
 class Detector(nn.Module):
-    """A trunk and heads in one module, heads shared by two levels, in the style of setup."""
+    """A trunk and heads in one module with ``setup``; two levels share the heads."""
 
     use_bias: bool
 
@@ -269,7 +269,7 @@ def test_a_detectors_heads(use_bias):
 
 
 class Separable(nn.Module):
-    """Depthwise, then pointwise; no normalization follows the depthwise convolution."""
+    """A depthwise and a pointwise convolution; no norm directly follows the depthwise one."""
 
     @nn.compact
     def __call__(self, x):
@@ -300,7 +300,7 @@ class NormalHead(OwnNorm):
 
 
 class ConvNormAct(nn.Module):
-    """A block, whose input is not what it normalizes."""
+    """A block that does not normalize its input."""
 
     @nn.compact
     def __call__(self, x):
@@ -407,7 +407,7 @@ def test_a_kernel_that_is_transformed_on_its_way_to_the_convolution():
     assert paths(Model()) == ["conv/kernel"]
 
 
-# Each public network at its least depth; the others differ from these in depth alone.
+# Public networks at their smallest depth; the others differ from these only in depth.
 NETWORKS = {
     "PreResNet110": {"depth": 8},
     "PreResNet164": {"depth": 11},
@@ -432,7 +432,7 @@ MODEL_NORMS = [
     [*((name, nn.LayerNorm) for name in NETWORKS), *(("WRN28_10", norm) for norm in MODEL_NORMS)],
 )
 def test_takes_what_the_default_rule_takes_of_every_network(name, norm):
-    """With every normalization, and so what the published recipes standardize."""
+    """This holds for every normalization, so it gives what the published recipes standardize."""
     options = {"features": 16} if name == "WRN28_10" else {}
     model = getattr(models, name)(norm=norm, dtype=jnp.bfloat16, **NETWORKS[name], **options)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

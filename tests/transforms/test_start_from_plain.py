@@ -1,4 +1,4 @@
-"""Weight Standardization that begins with a checkpoint trained without it (mmcv's ConvAWS)."""
+"""Weight Standardization that starts from a checkpoint trained without it (mmcv's ConvAWS)."""
 
 import functools
 import re
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 @functools.cache
 def plain():
-    """Parameters whose kernels have means and spreads of their own in each channel."""
+    """Makes parameters whose kernels have different means and spreads in each channel."""
     params = Net().init(jax.random.key(0), X)["params"]
     kernel = params["conv"]["kernel"] * jnp.arange(1, 5.0) + jnp.arange(4.0)
     return {**params, "conv": {"kernel": kernel}}
@@ -48,7 +48,7 @@ def _ranks():
 
 
 def test_the_model_computes_what_it_did():
-    """By the transform and by layers; other presets compute something else."""
+    """The transform and the layers keep the outputs; other presets change them."""
     expected = Net().apply({"params": plain()}, X)
     params = AWS.start_from_plain(plain())
     aws = Net(functools.partial(WSConv, preset="aws"))
@@ -62,7 +62,7 @@ def test_the_model_computes_what_it_did():
 
 
 def test_the_constants_are_those_of_mmcv():
-    """The unbiased standard deviation with epsilon, and the mean, per output channel."""
+    """They are the unbiased standard deviation with epsilon, and the mean, per output channel."""
     flat = np.asarray(plain()["conv"]["kernel"]).reshape(-1, 4).astype(np.float64)
     conv = AWS.start_from_plain(plain())["conv"]
     expected = np.sqrt(flat.var(0, ddof=1) + 1e-5)
@@ -83,7 +83,7 @@ def test_stacked_layers_have_constants_each():
 
 
 def test_training_keeps_the_constants():
-    """No gradient and no weight decay moves them, even where everything decays."""
+    """No gradient and no weight decay moves them, even with ``decays_everything``."""
     params = AWS.start_from_plain(plain())
     gradient = jax.grad(lambda p: jnp.sum(jnp.sin(Net().apply({"params": AWS(p)}, X))))(params)
     config = OptimizerConfig(decays_everything=True, weight_decay=0.1)
@@ -124,7 +124,7 @@ def test_other_presets_cannot_start_so():
 def test_the_importer_warns_where_the_function_changes(name, preset, message):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with pytest.raises(AttributeError):  # It warns before it reads the arrays, here none.
+        with pytest.raises(AttributeError):  # It warns before it reads arrays; here are none.
             import_checkpoint(None, name, preset=preset)
     assert len(caught) == (message is not None)
     assert message is None or re.search(message, str(caught[0].message))

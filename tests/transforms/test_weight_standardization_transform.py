@@ -1,4 +1,4 @@
-"""WeightStandardization on a plain model is the same model built from WSConv."""
+"""WeightStandardization with a plain model equals the same model built from WSConv."""
 
 import functools
 
@@ -44,7 +44,7 @@ def flat(params):
 
 
 def perturbed(params):
-    """The parameters with every leaf, gains and scales of one included, moved from its start."""
+    """Moves every parameter, even gains and scales of one, away from its initial value."""
     leaves, structure = jax.tree.flatten(params)
     moved = [leaf + 0.3 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, moved)
@@ -52,7 +52,7 @@ def perturbed(params):
 
 @pytest.mark.parametrize(("preset", "use_bias"), [("bcn", False), ("nfnet", False), ("wn", True)])
 def test_equals_the_model_built_from_ws_conv(preset, use_bias):
-    """In outputs, and in the gradient of every parameter, the gains' included."""
+    """Outputs and the gradients of all parameters, gains included, are equal."""
     ws_model = Net(lambda *args, **kwargs: WSConv(*args, preset=preset, **kwargs), use_bias)
     params = perturbed(parameters_of(ws_model))
     plain, transform = Net(nn.Conv, use_bias), WeightStandardization(preset=preset)
@@ -93,7 +93,7 @@ def test_changes_the_kernels_it_takes_and_nothing_else(preset):
 
 
 def test_folded_parameters_run_in_the_plain_model():
-    """The export for inference has no gains and nothing to standardize."""
+    """Exported for inference, parameters have no gains and need no standardization."""
     transform = WeightStandardization(preset="nfnet")
     model = Net(nn.Conv)
     params = parameters_of(model)
@@ -129,7 +129,7 @@ def test_heads_are_never_taken(name, use_bias):
     "name", ["scores_conv1x1", "outer", "headless", "prediction_tower", "conv_in", "route", "fcn"]
 )
 def test_other_names_are_taken(name):
-    """Only the end of a name says that it is an output."""
+    """Only the end of a name marks an output."""
     params = {name: {"kernel": jnp.ones((3, 3, 4, 4))}, "norm": {"scale": jnp.ones(4)}}
     assert WeightStandardization().paths(params) == [f"{name}/kernel"]
 
@@ -244,7 +244,7 @@ def test_patterns_in_a_list_can_be_compiled():
 
 
 def test_exact_paths_are_taken_literally():
-    """Beside patterns, too; and a pattern that is a path matches that path."""
+    """This also holds beside patterns; a pattern equal to a path matches that path."""
     kernel = jnp.ones((3, 3, 2, 4))
     params = {name: {"kernel": kernel} for name in ("conv[0]", "conv0", "conv*", "convolution")}
     exact = tuple(ConvolutionKernel(f"{name}/kernel", 4) for name in ("conv[0]", "conv*"))
@@ -294,7 +294,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """A stem, blocks in one array (of layers or of an ensemble's members), a convolutional head."""
+    """A stem, blocks stacked in one array (by scan or as an ensemble), a convolutional head."""
 
     conv: type[nn.Module]
     kind: str
@@ -313,7 +313,7 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize(("kind", "preset"), [("scan", "nfnet"), ("vmap", "bcn")])
 def test_stacked_layers_equal_the_stack_of_ws_conv(kind, preset):
-    """By the model, which knows the layers' axes, and by patterns with them stated."""
+    """Axes of stacked layers come from the model, or are given with patterns."""
     ws_model = Stack(functools.partial(WSConv, preset=preset), kind)
     plain = Stack(nn.Conv, kind)
     fresh = parameters_of(ws_model)
@@ -328,7 +328,7 @@ def test_stacked_layers_equal_the_stack_of_ws_conv(kind, preset):
     plain_params = parameters_of(plain)
     with_gains = exact.with_gains(plain_params)
     assert jax.tree.map(jnp.shape, with_gains) == jax.tree.map(jnp.shape, fresh)
-    # All layers as one would be something else.
+    # A negative control: standardizing all layers as one kernel gives other outputs.
     flattened = jax.tree.map(lambda x: x, params)
     flattened["blocks"]["conv"]["kernel"] = standardize(params["blocks"]["conv"]["kernel"])
     wrong = plain.apply({"params": stem(flattened)}, X)
@@ -408,7 +408,7 @@ def test_refuses_a_negative_number_of_axes():
 
 @pytest.mark.parametrize("freeze", [flax.core.freeze, dict])
 def test_dictionaries_come_back_as_the_kind_they_were(freeze):
-    """In a training step the parameters' structure must not change; empty modules stay too."""
+    """A training step needs the parameters' structure unchanged, empty modules included."""
     params = freeze(parameters_of(Net(nn.Conv)) | {"empty": {}})
     transform = WeightStandardization(preset="nfnet")
     with_gains = transform.with_gains(params)

@@ -1,4 +1,4 @@
-"""Networks with convolution and normalization injected, and what they cost."""
+"""Networks with injected convolution and normalization, and a summary of their costs."""
 
 from wsbcn_flax.models._blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 from wsbcn_flax.models._cifar_resnet import (

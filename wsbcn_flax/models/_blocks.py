@@ -1,7 +1,7 @@
-"""Residual blocks, two convolutions or three, activated after the sum or before each convolution.
+"""Residual blocks of two or three convolutions, activated after the sum or before each convolution.
 
-Each block is written out as its equation. A network reads two attributes of its class, ``depth``
-and ``preactivation``, to lay out what is around the blocks.
+Each block is written out like its equation. A network reads two class attributes of its block,
+``depth`` and ``preactivation``, to lay out the layers around the blocks.
 """
 
 import functools
@@ -17,27 +17,28 @@ zeros = nn.initializers.zeros
 
 
 def block_class(block: ModuleFactory) -> Any:
-    """The class of a block that may be a partial of one, or either under ``nn.remat``."""
+    """Returns the class of a block, which may be a partial of a class or under ``nn.remat``."""
     while isinstance(block, functools.partial):
         block = block.func
     return block
 
 
 class BasicBlock(nn.Module):
-    """relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x)))))), the last scale starting at zero.
+    """A block of two 3x3 convolutions: relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x)))))).
 
-    The shortcut is the identity, or a 1x1 convolution and a normalization where the stride or the
-    number of features changes.
+    The scale of norm2 starts at zero. The shortcut is the identity, or a 1x1 convolution and a
+    normalization where the resolution or the number of channels changes.
 
     Attributes:
         features: Number of output channels.
         conv: Maker of a convolution, called like ``nn.Conv``.
-        norm: Maker of a normalization in the right mode, called with ``name`` and ``scale_init``.
+        norm: Maker of a normalization, already told whether it trains or evaluates; called with
+            ``name`` and ``scale_init``.
         strides: Strides of the first convolution.
         dilation: Dilation of the 3x3 convolutions.
-        first_dilation: Dilation of the first of them; ``dilation`` if None.
-        dropout: Maker of a dropout in the right mode, called with ``name``. It stands before the
-            last convolution; there is none by default.
+        first_dilation: Dilation of the first 3x3 convolution; defaults to ``dilation``.
+        dropout: Maker of a dropout, already told whether it trains or evaluates; called with
+            ``name``. Dropout comes before the last convolution; there is none by default.
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
@@ -79,21 +80,23 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(shortcut(x) + norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x)))))))), 1x1, 3x3, 1x1.
+    """A block of a 1x1, a 3x3 and a 1x1 convolution, activated after the sum.
 
-    The 3x3 convolution has features / 4 * base_width / 64 channels in each of its groups, and the
-    stride. The last scale starts at zero. The shortcut is ``BasicBlock``'s.
+    It computes relu(shortcut(x) + norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x))))))))). The 3x3
+    convolution has the stride, and features / 4 * base_width / 64 channels in each of its groups.
+    The scale of norm3 starts at zero. The shortcut is the same as in ``BasicBlock``.
 
     Attributes:
         features: Number of output channels.
         conv, norm, dropout: Makers of layers, as in ``BasicBlock``.
         strides: Strides of the 3x3 convolution.
-        dilation, first_dilation: As in ``BasicBlock``, whose first 3x3 convolution is the one here.
-        groups: Number of groups of the 3x3 convolution; more than one is ResNeXt's block.
-        base_width: Channels in a group of the 3x3 convolution where ``features`` is 256.
+        dilation, first_dilation: Dilation of the 3x3 convolution; ``first_dilation`` overrides
+            ``dilation`` unless it is None.
+        groups: Number of groups of the 3x3 convolution; more than one gives ResNeXt's block.
+        base_width: Number of channels in a group of the 3x3 convolution if ``features`` is 256.
 
     Raises:
-        ValueError: If a group's number of channels is not a whole number; when called.
+        ValueError: When called, if the number of channels in a group is not a whole number.
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;
@@ -140,21 +143,22 @@ class Bottleneck(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """shortcut(x) + conv2(relu(norm2(conv1(relu(norm1(x)))))).
+    """A block of two 3x3 convolutions: shortcut(x) + conv2(relu(norm2(conv1(relu(norm1(x)))))).
 
-    The shortcut is the identity, or a 1x1 convolution where the stride or the number of features
-    changes. No scale starts at zero: behind norm2 stands a ReLU, whose gradient at zero is zero,
+    The shortcut is the identity, or a 1x1 convolution where the resolution or the number of
+    channels changes. No scale starts at zero: a ReLU follows norm2, its gradient at zero is zero,
     and the branch would never learn.
 
     Attributes:
         features: Number of output channels.
         conv: Maker of a convolution, called like ``nn.Conv``.
-        norm: Maker of a normalization in the right mode, called with ``name``.
+        norm: Maker of a normalization, already told whether it trains or evaluates; called with
+            ``name``.
         strides: Strides of the first convolution.
         dilation: Dilation of the 3x3 convolutions.
-        first_dilation: Dilation of the first of them; ``dilation`` if None.
-        dropout: Maker of a dropout in the right mode, called with ``name``. It stands before the
-            last convolution; there is none by default.
+        first_dilation: Dilation of the first 3x3 convolution; defaults to ``dilation``.
+        dropout: Maker of a dropout, already told whether it trains or evaluates; called with
+            ``name``. Dropout comes before the last convolution; there is none by default.
         activated_shortcut: Whether the shortcut's convolution takes relu(norm1(x)), as in wide
             residual networks, instead of x.
 
@@ -199,9 +203,10 @@ class PreActBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """shortcut(x) + conv3(relu(norm3(conv2(relu(norm2(conv1(relu(norm1(x)))))))), 1x1, 3x3, 1x1.
+    """A block of a 1x1, a 3x3 and a 1x1 convolution, activated before each of them.
 
-    The channels are ``Bottleneck``'s, the shortcut is ``PreActBlock``'s.
+    It computes shortcut(x) + conv3(relu(norm3(conv2(relu(norm2(conv1(relu(norm1(x))))))))). The
+    numbers of channels are those of ``Bottleneck``, the shortcut is that of ``PreActBlock``.
 
     Attributes:
         features: Number of output channels.
@@ -211,7 +216,7 @@ class PreActBottleneck(nn.Module):
         groups, base_width: As in ``Bottleneck``.
 
     Raises:
-        ValueError: If a group's number of channels is not a whole number; when called.
+        ValueError: When called, if the number of channels in a group is not a whole number.
 
     References:
         He et al., Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027
@@ -261,13 +266,13 @@ def changes_shape(block: Any, x: jax.Array) -> bool:
 
 
 def project(block: Any, x: jax.Array) -> jax.Array:
-    """The 1x1 convolution of the shortcut."""
+    """Applies the 1x1 convolution of the shortcut."""
     conv = make_conv(block.conv, block.features, 1, strides=block.strides, name="shortcut_conv")
     return conv(x)
 
 
 def bottleneck_width(features: int, *, base_width: int, groups: int) -> int:
-    """Channels of the 3x3 convolution: features / 4 * base_width / 64 in each group."""
+    """Returns the channels of the 3x3 convolution, features / 4 * base_width / 64 in each group."""
     if features <= 0 or features * base_width % 256:
         raise ValueError(
             "A bottleneck's features / 4 * base_width / 64 channels in each group must be a whole "
@@ -278,7 +283,7 @@ def bottleneck_width(features: int, *, base_width: int, groups: int) -> int:
 
 
 def grouped_conv(block: Any, width: int) -> nn.Module:
-    """The 3x3 convolution of a bottleneck, which strides."""
+    """Makes the 3x3 convolution of a bottleneck, which has the stride."""
     return make_conv(
         block.conv,
         width,

@@ -18,35 +18,35 @@ from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, cl
 class CifarResNet(nn.Module):
     """The CIFAR residual network: a 3x3 stem, three stages of n blocks, average pooling, a head.
 
-    Depth 6n + 2 (8, 14, 20, 32, 44, 56, 110) with blocks of two convolutions and 9n + 2 (11, 20,
-    29, 164) with bottlenecks. Stages have 1, 2 and 4 times the first one's channels; the second and
-    third halve the resolution. Initialization is the authors': he-normal with fan-out, and the last
-    normalization scale of each residual branch at zero.
+    With blocks of two convolutions the depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110). With
+    bottlenecks it is 9n + 2 (11, 20, 29, 164). Stages have 1, 2 and 4 times the channels of the
+    first stage; the second and third halve the resolution. The initialization is the authors':
+    he-normal with fan-out, and the last normalization scale of each residual branch at zero.
 
-    Partials of this class, for CIFAR: ``PreResNet110``, ``PreResNet164``, ``ResNeXt29_8x64d`` and
-    ``WRN28_10``, whose 28 counts the three convolutions of shortcuts but not the head: its depth
-    here is 26.
+    ``PreResNet110``, ``PreResNet164``, ``ResNeXt29_8x64d`` and ``WRN28_10`` are partials of this
+    class, for CIFAR. The 28 of ``WRN28_10`` counts the three shortcut convolutions but not the
+    head; its depth here is 26.
 
     Attributes:
         depth: Number of layers with weights, shortcuts not counted: 6n + 2 or 9n + 2.
         num_classes: Number of classes; None returns the features of every stage, without a head.
         width: Number of channels of the stem.
-        features: Number of channels that the first stage's blocks return; ``width`` if None.
-        stem_strides: Strides of the stem's convolution; 2 for images whose detail is coarse, such
-            as MNIST's, at a quarter of the cost.
+        features: Number of channels that the first stage's blocks return; defaults to ``width``.
+        stem_strides: Strides of the stem's convolution; 2 suits images of coarse detail, such as
+            MNIST's, at a quarter of the cost.
         dropout_rate: Dropout rate in each block before its last convolution; above 0, training
             needs ``rngs={"dropout": key}``.
         block: Class of the blocks: ``BasicBlock``, ``PreActBlock``, ``Bottleneck``,
             ``PreActBottleneck``, a partial of one, or any of these under ``nn.remat``.
         conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
         norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
-            a partial of them. It is told the mode where it takes ``use_running_average``.
+            a partial of them. If it takes ``use_running_average``, the network sets it.
         dtype: Computation dtype; the head's logits are float32 or wider.
 
     Raises:
         TypeError: If the images are not floating-point.
-        ValueError: For a depth that whole blocks do not make, a dropout rate outside [0, 1), or
-            images that are not [B, H, W, C].
+        ValueError: For a depth that is not 6n + 2 (bottlenecks: 9n + 2), a dropout rate outside
+            [0, 1), or images that are not [B, H, W, C].
 
     References:
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;
@@ -89,11 +89,12 @@ class CifarResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
         """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
 
-        Without classes it returns a tuple of every stage's features, from [B, H, W, features] on.
+        If ``num_classes`` is None, it returns a tuple of every stage's features instead, starting
+        with [B, H, W, features].
 
         Args:
             images: Normalized images.
-            train: Whether normalizations use and update training statistics, and dropout drops;
+            train: Whether normalizations use and update training statistics and dropout is active;
                 then apply with ``mutable=["batch_stats"]``.
         """
         check_images(images)
@@ -124,7 +125,7 @@ class CifarResNet(nn.Module):
 
 
 def blocks_per_stage(depth: int, block_depth: int) -> int:
-    """The number of blocks in each stage; ValueError for a depth that whole blocks do not make."""
+    """Returns the number of blocks in a stage; raises ValueError if it is not a whole number."""
     layers = 3 * block_depth
     if depth < layers + 2 or (depth - 2) % layers:
         examples = ", ".join(str(layers * n + 2) for n in (1, 2, 3, 4, 6, 9, 18))

@@ -1,4 +1,4 @@
-"""Densely connected networks with bottlenecks and compression, for small images."""
+"""Densely connected networks (DenseNet-BC) for small images."""
 
 import functools
 
@@ -10,7 +10,7 @@ from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, cl
 
 
 class _DenseLayer(nn.Module):
-    """[x, conv2(relu(norm2(conv1(relu(norm1(x))))))] along the channels, 1x1 then 3x3."""
+    """A dense layer: x with conv2(relu(norm2(conv1(relu(norm1(x)))))) appended as channels."""
 
     growth: int
     conv: ModuleFactory
@@ -26,7 +26,7 @@ class _DenseLayer(nn.Module):
 
 
 class _Transition(nn.Module):
-    """Half the channels, by a 1x1 convolution, and half the resolution, by averaging."""
+    """A transition: halves the channels by a 1x1 convolution, the resolution by averaging."""
 
     conv: ModuleFactory
     norm: ModuleFactory
@@ -41,25 +41,25 @@ class _Transition(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet-BC: a 3x3 stem, three blocks of n dense layers, transitions between them, a head.
 
-    Depth 6n + 4: 10, 16, 22, 40, 100. A dense layer appends ``growth`` channels to its input, by
-    norm, ReLU, 1x1 convolution to 4 growth channels (B for bottleneck), norm, ReLU, 3x3
-    convolution. A transition halves the channels (C for compression), after norm and ReLU, and the
-    resolution. The stem has 2 growth channels; a norm and a ReLU end the last block. Initialization
-    is he-normal with fan-out.
+    The depth is 6n + 4: 10, 16, 22, 40, 100. A dense layer appends ``growth`` channels to its
+    input. It applies norm, ReLU, a 1x1 convolution to 4 * growth channels (B for bottleneck), norm,
+    ReLU and a 3x3 convolution. A transition applies norm and ReLU, then halves the channels (C for
+    compression) and the resolution. The stem has 2 * growth channels; a norm and a ReLU end the
+    last block. Initialization is he-normal with fan-out.
 
-    ``DenseNetBC100_12`` is a partial of this class with depth 100 and growth 12. All its numbers of
-    channels are divisible by 6 and by no larger number, which bounds the groups of a normalization.
+    ``DenseNetBC100_12`` is a partial of this class with depth 100 and growth 12. The largest number
+    that divides all its numbers of channels is 6, so a normalization can have at most 6 groups.
 
     Submodules: ``stem_conv``, ``block{b}_layer{l}`` with ``norm1``, ``conv1``, ``norm2`` and
     ``conv2``, ``transition{b}`` with ``norm`` and ``conv``, ``last_norm`` and ``head``.
 
     Attributes:
         depth: Number of layers with weights, 6n + 4.
-        growth: Number of channels that each layer appends.
+        growth: Number of channels that each dense layer appends.
         num_classes: Number of classes; None returns the features of every stage, without a head.
         conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
         norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
-            a partial of them. It is told the mode where it takes ``use_running_average``.
+            a partial of them. If it takes ``use_running_average``, the network sets it.
         dtype: Computation dtype; the head's logits are float32 or wider.
 
     Raises:
@@ -102,7 +102,7 @@ class DenseNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
         """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
 
-        Without classes it returns a tuple of every stage's features.
+        If ``num_classes`` is None, it returns a tuple of every stage's features instead.
 
         Args:
             images: Normalized images, at least 4 high and wide.

@@ -1,4 +1,4 @@
-"""Parts that all networks share: convolutions, mode of the normalization, head, input check."""
+"""Parts that all networks share: convolutions, normalization mode, head and input check."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ from wsbcn_flax.ops._checks import statistics_dtype
 
 ModuleFactory = Callable[..., nn.Module]
 
-# The authors' initialization (he et al., fan-out, not truncated).
+# The authors' initialization (He et al., fan-out, not truncated).
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -27,7 +27,7 @@ def make_conv(
     kernel_init: nn.initializers.Initializer = kernel_init,
     name: str,
 ) -> nn.Module:
-    """A convolution of size x size without bias, padded on every side as PyTorch pads it."""
+    """Makes a convolution of size x size without bias, padded on every side as in PyTorch."""
     return conv(
         features,
         (size, size),
@@ -42,10 +42,10 @@ def make_conv(
 
 
 def bind_mode(norm: ModuleFactory, *, train: bool) -> ModuleFactory:
-    """Tells a normalization the mode if it has one, so that any of Flax's can be injected.
+    """Sets a normalization's ``use_running_average`` if it takes that argument.
 
-    ``nn.BatchNorm`` and ``BatchChannelNorm`` take ``use_running_average``; ``nn.GroupNorm`` and
-    ``nn.LayerNorm`` are the same in training and evaluation and do not.
+    So any of Flax's normalizations can be injected: ``nn.BatchNorm`` and ``BatchChannelNorm`` take
+    it; ``nn.GroupNorm`` and ``nn.LayerNorm``, the same in training and evaluation, do not.
     """
     if "use_running_average" in inspect.signature(norm).parameters:
         return functools.partial(norm, use_running_average=not train)
@@ -53,10 +53,10 @@ def bind_mode(norm: ModuleFactory, *, train: bool) -> ModuleFactory:
 
 
 def classify(x: jax.Array, num_classes: int, *, mask: jax.Array | None = None) -> jax.Array:
-    """Logits [B, num_classes] from the mean over positions of x [B, H, W, C], in float32 or wider.
+    """Computes logits [B, num_classes] from the mean of x [B, H, W, C], in float32 or wider.
 
-    The dense layer, named ``head``, is a submodule of whichever calls this. A mask [B, H, W, 1]
-    chooses the positions that count.
+    The dense layer, named ``head``, becomes a submodule of the calling module. A mask [B, H, W, 1]
+    selects the positions of the mean.
     """
     x = jnp.mean(x, axis=(1, 2), dtype=statistics_dtype(x.dtype), where=mask)
     return nn.Dense(num_classes, name="head")(x)
@@ -65,7 +65,7 @@ def classify(x: jax.Array, num_classes: int, *, mask: jax.Array | None = None) -
 def check_images(images: jax.Array, *, halvings: int = 0) -> None:
     """Raises TypeError or ValueError unless ``images`` are floating-point [B, H, W, C].
 
-    ``halvings`` is how often unpadded pooling halves the resolution, which must leave something.
+    ``halvings`` is how often unpadded pooling halves the resolution; one pixel must remain.
     """
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Images padded to a common size, of which the padding counts in no statistic."""
+"""Padding of images to a common size, which is left out of all statistics."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ from wsbcn_flax.models._layers import ModuleFactory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Padding:
-    """The padding below and on the right of images; without ``image_hw`` there is none.
+    """The padding below and on the right of images; there is none if ``image_hw`` is None.
 
-    A network that zeroes the padding after each normalization, and wherever else it may become
-    nonzero before a convolution, computes from a padded image what it computes from the image.
+    A network must zero the padding wherever it may become nonzero before a convolution, such as
+    after each normalization. It then computes the same from an image with and without padding.
 
     Attributes:
-        image_hw: Heights and widths of the images inside the padding [B, 2], in pixels, or None.
+        image_hw: Heights and widths [B, 2], in pixels, of the images without padding, or None.
         padded_hw: Height and width of the padded images, in pixels.
     """
 
@@ -28,7 +28,7 @@ class Padding:
 
     @classmethod
     def of(cls, images: jax.Array, image_hw: jax.Array | None) -> "Padding":
-        """The padding of images [B, H, W, C]; raises ValueError for sizes of another shape."""
+        """Makes the padding of images [B, H, W, C]; raises ValueError if image_hw is not [B, 2]."""
         if image_hw is not None and image_hw.shape != (len(images), 2):
             raise ValueError(
                 f"image_hw must be a height and a width for each image, [{len(images)}, 2], "
@@ -37,10 +37,10 @@ class Padding:
         return cls(image_hw, (images.shape[1], images.shape[2]))
 
     def mask(self, x: jax.Array) -> jax.Array | None:
-        """True [B, H, W, 1] at positions of features [B, H, W, C] that belong to the image.
+        """Returns which positions [B, H, W, 1] of features [B, H, W, C] belong to the image.
 
         Raises:
-            ValueError: If the features' size does not divide the padded images'.
+            ValueError: If the features' size does not divide the size of the padded images.
         """
         if self.image_hw is None:
             return None
@@ -54,12 +54,12 @@ class Padding:
         return valid_positions(self.image_hw, size, strides)[..., None]
 
     def fill(self, x: jax.Array, value: float = 0.0) -> jax.Array:
-        """The features with one value in the padding."""
+        """Returns the features with ``value`` in the padding."""
         mask = self.mask(x)
         return x if mask is None else jnp.where(mask, x, value)
 
     def leave_out_of(self, norm: ModuleFactory) -> ModuleFactory:
-        """A normalization with the padding left out of its statistics and zero in its output."""
+        """Wraps a normalization to leave padding out of its statistics and zero in its output."""
         if self.image_hw is None:
             return norm
 
@@ -69,7 +69,7 @@ class Padding:
 
             def apply(x: jax.Array) -> jax.Array:
                 mask: Any = self.mask(x)
-                # Flax's normalizations want a mask of every channel.
+                # Flax's normalizations need a mask for every channel.
                 own = isinstance(layer, BatchChannelNorm)
                 y = layer(x, mask=mask if own else jnp.broadcast_to(mask, x.shape))
                 return jnp.where(mask, y, 0)
@@ -82,7 +82,10 @@ class Padding:
 def valid_positions(
     image_hw: jax.Array, size: tuple[int, int], strides: tuple[int, int]
 ) -> jax.Array:
-    """True [B, *size] where features with these strides belong to an image of ``image_hw``."""
+    """Returns which positions [B, *size] of features with these strides belong to the image.
+
+    ``image_hw`` holds the heights and widths [B, 2] of the images in pixels.
+    """
     height, width = -(-image_hw[:, 0] // strides[0]), -(-image_hw[:, 1] // strides[1])
     rows = jnp.arange(size[0])[None] < height[:, None]
     columns = jnp.arange(size[1])[None] < width[:, None]
@@ -92,8 +95,8 @@ def valid_positions(
 def repeat_edges(x: jax.Array, image_hw: jax.Array, stride: int) -> jax.Array:
     """Repeats the last row and column of each image once into the padding of x [B, H, W, C].
 
-    Interpolation between the last position and the next then gives what it gives at the border of
-    an array, where it takes the last position for both.
+    Interpolation beyond the last position then gives the same as at the border of an array, where
+    the last position is used twice.
     """
     for axis in (1, 2):
         size = -(-image_hw[:, axis - 1] // stride)

@@ -18,11 +18,11 @@ class ResNet(nn.Module):
     """The ImageNet residual network: 7x7 stem, max pooling, stages of blocks, mean, a head.
 
     ``ResNet18``, ``ResNet34``, ``ResNet50``, ``ResNet101``, ``ResNet152``, ``ResNeXt50_32x4d`` and
-    ``ResNeXt101_32x4d`` are partials of this class: ``ResNet50(conv=WSConv, norm=...)``. The stem
-    and the pooling halve the resolution each, and so does every stage after the first, which also
-    doubles the channels. Bottlenecks stride in their 3x3 convolution. Initialization is the
-    authors': he-normal with fan-out, and the last normalization scale of each residual branch at
-    zero. Padding is PyTorch's, so that its checkpoints compute the same here.
+    ``ResNeXt101_32x4d`` are partials of this class: ``ResNet50(conv=WSConv, norm=...)``. The stem,
+    the pooling and every stage after the first each halve the resolution; those stages also double
+    the channels. Bottlenecks stride in their 3x3 convolution. The initialization is the authors':
+    he-normal with fan-out, and the last normalization scale of each residual branch at zero.
+    Padding follows PyTorch, so that PyTorch's checkpoints compute the same here.
 
     Submodules: ``stem_conv``, ``stem_norm``, ``stage{s}_block{b}`` with ``conv{i}``, ``norm{i}``,
     ``shortcut_conv`` and ``shortcut_norm``, and ``head``.
@@ -34,16 +34,16 @@ class ResNet(nn.Module):
             a partial of one, or any of these under ``nn.remat``.
         num_classes: Number of classes; None returns the features of every stage, without a head.
         stem_features: Number of channels of the stem.
-        dilations: Dilation of each stage's 3x3 convolutions; all 1 if None. A stage whose dilation
-            exceeds the one before keeps the resolution, and its first 3x3 convolution has the
-            dilation before, as in torchvision: (1, 1, 2, 4) has output stride 8.
-        frozen_stages: Number of frozen parts: 0 none, 1 the stem, 2 the stem and the first stage,
-            and so on. Their normalizations use running statistics and do not update them, and their
-            parameters have gradients of zero.
+        dilations: Dilation of each stage's 3x3 convolutions; all 1 if None. A stage with a larger
+            dilation than the previous stage keeps the resolution. Its first 3x3 convolution has the
+            previous dilation, as in torchvision. For example, (1, 1, 2, 4) has output stride 8.
+        frozen_stages: Number of frozen parts: 0 for none, 1 for the stem, 2 for the stem and the
+            first stage, and so on. Their normalizations use running statistics and do not update
+            them, and their parameters have zero gradients.
         conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
         norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
-            a partial of them. It is told the mode where it takes ``use_running_average``.
-        dtype: Computation dtype; parameters, and the head's logits, are float32 or wider.
+            a partial of them. If it takes ``use_running_average``, the network sets it.
+        dtype: Computation dtype; parameters and the head's logits are float32 or wider.
 
     Raises:
         TypeError: If the images are not floating-point.
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
         He et al., Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385;
         Xie et al., Aggregated Residual Transformations for Deep Neural Networks,
         https://arxiv.org/abs/1611.05431; Goyal et al., Accurate, Large Minibatch SGD,
-        https://arxiv.org/abs/1706.02677, for the zero scales and the stride's place
+        https://arxiv.org/abs/1706.02677, for the zero scales and the place of the stride
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -99,17 +99,17 @@ class ResNet(nn.Module):
     ) -> jax.Array | tuple[jax.Array, ...]:
         """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
 
-        Without classes it returns a tuple of every stage's features, from [B, H / 4, W / 4,
-        features] on.
+        If ``num_classes`` is None, it returns a tuple of every stage's features instead, starting
+        with [B, H / 4, W / 4, features].
 
         Args:
             images: Normalized images.
             train: Whether normalizations use and update training statistics; then apply with
                 ``mutable=["batch_stats"]``.
             image_hw: Heights and widths [B, 2], in pixels, of images that are padded below and on
-                the right, to a multiple of the strides. The padding then counts in no statistic
-                and features are zero there; the others are those of the image alone. Needs a
-                normalization that takes a ``mask``.
+                the right to a multiple of the strides. The padding then counts in no statistic and
+                its features are zero; all other features equal those of the image without padding.
+                Needs a normalization that takes a ``mask``.
         """
         check_images(images)
         conv = functools.partial(self.conv, dtype=self.dtype)
@@ -151,14 +151,14 @@ class ResNet(nn.Module):
 
 
 def check_stage_sizes(sizes: Sequence[int]) -> None:
-    """Raises ValueError unless there are stages and each has a block."""
+    """Raises ValueError unless there is a stage and every stage has a block."""
     if not sizes or min(sizes) < 1:
         raise ValueError(f"Each stage must have at least one block, received stage_sizes={sizes}.")
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """The stem's pooling, 3x3 with strides 2."""
-    padding: Any = ((1, 1), (1, 1))  # Of minus infinity; Flax types padding as str alone.
+    """Applies the stem's max pooling, 3x3 with strides 2."""
+    padding: Any = ((1, 1), (1, 1))  # Pads with minus infinity; Flax types padding as str alone.
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 

@@ -1,4 +1,4 @@
-"""Costs of a model (parameters, operations, memory of activations), by tracing alone."""
+"""Costs of a model (parameters, operations, activation memory), computed by tracing alone."""
 
 import functools
 import math
@@ -14,11 +14,12 @@ class ModelSummary(NamedTuple):
     """Costs of a model, as ``summarize`` counts them.
 
     Attributes:
-        parameters: numbers in the collection ``params``; running statistics are none.
-        flops: floating-point operations of one image's forward pass, 2 for each multiply-add of the
-            convolutions and matrix products, positions in the padding included, as papers count.
-        activation_bytes: memory that training keeps from the forward to the backward pass for each
-            image: what differentiation saves, before XLA recomputes or shares any of it.
+        parameters: Number of elements in the collection ``params``; running statistics do not
+            count.
+        flops: Floating-point operations of the forward pass of one image: 2 for each multiply-add
+            of convolutions and matrix products. Positions in the padding count, as in papers.
+        activation_bytes: Bytes per image that training keeps from the forward to the backward
+            pass. They are what differentiation saves, before XLA recomputes or shares any of it.
     """
 
     parameters: int
@@ -27,17 +28,17 @@ class ModelSummary(NamedTuple):
 
 
 def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> ModelSummary:
-    """Parameters, operations and memory of activations of a classification model, by tracing it.
+    """Computes the parameters, operations and activation memory of a classification model.
 
-    The model is called as ``model.apply(variables, images, train=...)``, with any convolution,
-    normalization and dtype in it. Images are float32.
+    The model is traced, never run. It is called as ``model.apply(variables, images, train=...)``
+    with float32 images, and may hold any convolution, normalization and dtype.
 
     Args:
-        model: whatever is in it, ``nn.remat`` included, which lowers the memory.
-        image_shape: (H, W, C).
+        model: Model; ``nn.remat`` in it lowers the memory.
+        image_shape: Shape (H, W, C) of one image.
 
     Raises:
-        ValueError: for an image shape that is not (H, W, C), or that the model cannot take.
+        ValueError: For an image shape that is not (H, W, C), or that the model cannot take.
 
     Example:
         >>> from wsbcn_flax.models import ResNet50, summarize
@@ -55,13 +56,13 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> ModelSumma
     return ModelSummary(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         flops=2 * _multiply_adds(jax.make_jaxpr(evaluate)(variables, one).jaxpr),
-        # What does not grow with the batch, such as the parameters, drops out.
+        # Arrays that do not grow with the batch, such as the parameters, cancel.
         activation_bytes=_saved_bytes(model, variables, two) - _saved_bytes(model, variables, one),
     )
 
 
 def _multiply_adds(jaxpr: core.Jaxpr) -> int:
-    """Of the convolutions and matrix products, those of functions called included."""
+    """Counts multiply-adds of convolutions and matrix products, also in called functions."""
     total = 0
     for equation in jaxpr.eqns:
         variables = (*equation.invars, *equation.outvars)
@@ -77,7 +78,7 @@ def _multiply_adds(jaxpr: core.Jaxpr) -> int:
                 (contracted, _), _ = equation.params["dimension_numbers"]
                 total += math.prod(out) * math.prod(left[axis] for axis in contracted)
             case _:
-                calls = equation.params.get("length", 1)  # Of a scan's body.
+                calls = equation.params.get("length", 1)  # Number of times a scan runs its body.
                 total += calls * sum(map(_multiply_adds, core.jaxprs_in_params(equation.params)))
     return total
 
@@ -85,7 +86,7 @@ def _multiply_adds(jaxpr: core.Jaxpr) -> int:
 def _saved_bytes(
     model: nn.Module, variables: Mapping[str, Any], images: jax.ShapeDtypeStruct
 ) -> int:
-    """Bytes of the arrays that the pull-back of a training step's forward pass holds."""
+    """Returns the bytes that a training step keeps from its forward to its backward pass."""
 
     def pull_back(variables: Mapping[str, Any], images: jax.Array) -> Any:
         def forward(params: Any) -> Any:

@@ -10,13 +10,13 @@ from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, cl
 
 
 class VGG(nn.Module):
-    """Stages of 3x3 convolutions, each normalized and activated, with max pooling between; a head.
+    """The VGG network: stages of 3x3 convolutions with norm and ReLU, max pooling after each, head.
 
     ``VGG16`` and ``VGG19`` are partials of this class. They are the CIFAR variant: five stages of
-    64, 128, 256, 512 and 512 channels, each halving the resolution, bring 32x32 images to 1x1, and
-    one dense layer follows in the place of ImageNet's three. Larger images are averaged before it.
-    Convolutions have no bias, which the normalization would remove or repeat. Initialization is
-    he-normal with fan-out.
+    64, 128, 256, 512 and 512 channels, each halving the resolution, bring 32x32 images to 1x1. One
+    dense layer takes the place of ImageNet's three; features of larger images are averaged before
+    it. Convolutions have no bias, since the normalization would remove or repeat it. Initialization
+    is he-normal with fan-out.
 
     Submodules: ``stage{s}_conv{i}``, ``stage{s}_norm{i}`` and ``head``.
 
@@ -26,13 +26,13 @@ class VGG(nn.Module):
         num_classes: Number of classes; None returns the features of every stage, without a head.
         conv: Maker of a convolution: ``nn.Conv``, ``WSConv`` or a partial of them.
         norm: Maker of a normalization: ``nn.BatchNorm``, ``nn.GroupNorm``, ``BatchChannelNorm`` or
-            a partial of them. It is told the mode where it takes ``use_running_average``.
+            a partial of them. If it takes ``use_running_average``, the network sets it.
         dtype: Computation dtype; the head's logits are float32 or wider.
 
     Raises:
         TypeError: If the images are not floating-point.
-        ValueError: For stages without convolutions or of unequal number, or images that are not
-            [B, H, W, C] or too small to be halved so often.
+        ValueError: For a stage without convolutions, ``stage_sizes`` and ``stage_features`` of
+            unequal length, or images that are not [B, H, W, C] or too small to be halved so often.
 
     References:
         Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition,
@@ -67,7 +67,7 @@ class VGG(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
         """Computes logits [B, num_classes] of floating-point images [B, H, W, C].
 
-        Without classes it returns a tuple of every stage's features.
+        If ``num_classes`` is None, it returns a tuple of every stage's features instead.
 
         Args:
             images: Normalized images, at least 2^stages high and wide.

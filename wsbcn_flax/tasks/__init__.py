@@ -1,4 +1,4 @@
-"""Tasks: what a model is trained for, as pure functions that the one training loop calls."""
+"""Tasks: the losses and evaluations of models, as pure functions for the training loop."""
 
 from wsbcn_flax.tasks._classification import Classification
 from wsbcn_flax.tasks._detection import Detection

@@ -16,10 +16,10 @@ from wsbcn_flax.tasks._task import Batch, Metrics, Network, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """Softmax cross-entropy on batches of ``image`` [B, H, W, C] and ``label``.
+    """The classification task: softmax cross-entropy of ``image`` [B, H, W, C] and ``label``.
 
-    A label is one of two kinds. Class numbers are integers [B] from 0 to K - 1. Target
-    distributions are numbers [B, K], one-hot or soft as mixup makes them; they are not negative and
+    There are two kinds of labels. Class numbers are integers [B] from 0 to K - 1. Target
+    distributions are numbers [B, K], one-hot or soft as made by mixup. They are not negative and
     sum to 1, within 1 %. The error metrics compare with the most probable class of a target.
 
     The loss with label smoothing s is ``(1 - s) * CE(label) + s * mean_k(-log p_k)``, computed in
@@ -27,8 +27,8 @@ class Classification(Task):
     ``fit`` and ``evaluate`` then raise ``NonFiniteLossError``.
 
     Attributes:
-        model: Network, called as ``model.apply(variables, images, train=...)``; returns logits
-            [B, K]. A Linen module, or an NNX model in a ``wsbcn_flax.nnx.Functional``.
+        model: Network that returns logits [B, K] when called as ``model.apply(variables, images,
+            train=...)``: a Linen module, or an NNX model in a ``wsbcn_flax.nnx.Functional``.
         label_smoothing: Probability spread evenly over all classes in the training loss.
 
     Raises:
@@ -55,7 +55,7 @@ class Classification(Task):
             raise ValueError(f"label_smoothing must be in [0, 1), received {self.label_smoothing}.")
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """Returns variables of the model for images of the batch's shape."""
+        """Returns the model's variables for images of the batch's shape."""
         _check_names(batch, "image")
         images = jnp.zeros((1, *batch["image"].shape[1:]), batch["image"].dtype)
         return self.model.init(key, images, train=False)
@@ -78,9 +78,9 @@ class Classification(Task):
         return loss, (updates.get("batch_stats", {}), {"error": error})
 
     def evaluate(self, params: Any, batch_stats: Any, batch: Batch) -> dict[str, Mean]:
-        """Returns means over the samples whose ``mask`` [B] is 1; the others may hold anything.
+        """Returns means over the samples whose ``mask`` [B] is 1; other samples may hold anything.
 
-        They are the loss, the top-1 error as ``error`` and, with more than five classes,
+        The means are the loss, the top-1 error as ``error`` and, with more than five classes,
         ``top5_error``.
         """
         _check_names(batch, "image", "label", "mask")
@@ -108,7 +108,7 @@ def _check_names(batch: Batch, *names: str) -> None:
 
 
 def _checked(logits: Any, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits in float32 or wider, labels in a dtype that holds every class or probability."""
+    """Checks and casts logits (to float32 or wider) and labels (to a dtype wide enough)."""
     if getattr(logits, "ndim", None) != 2:
         found = getattr(logits, "shape", type(logits).__name__)
         raise ValueError(f"A classifier must return logits [B, K], received {found}.")
@@ -126,19 +126,19 @@ def _checked(logits: Any, label: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array, *, smoothing: float = 0.0) -> jax.Array:
-    """The loss of each sample [B]; NaN, as is its gradient, where the label is not valid."""
-    if label.ndim == 1:  # A number that is no class, -1 for instance, becomes a row of zeros.
+    """Returns the loss of each sample [B]; it and its gradient are NaN for an invalid label."""
+    if label.ndim == 1:  # A number that is not a class, such as -1, becomes a row of zeros.
         label = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     total = jnp.sum(label, axis=-1, keepdims=True)
     valid = jnp.all(label >= 0, axis=-1, keepdims=True) & (abs(total - 1) < 0.01)
-    # Of the targets and not of the loss, whose gradient a selection would make 0.
+    # Selecting in the loss instead of the targets would make the gradient 0, not NaN.
     label = jnp.where(valid, label, jnp.nan)
-    # Safe where a class is ruled out by a logit of minus infinity.
+    # Safe for a class that is ruled out by a logit of minus infinity.
     return optax.safe_softmax_cross_entropy(logits, optax.smooth_labels(label, smoothing))
 
 
 def _is_wrong(logits: jax.Array, label: jax.Array, *, guesses: int = 1) -> jax.Array:
-    """1 where the label is not among the classes of the largest logits, else 0."""
+    """Returns 1 where the label is not among the classes of the largest logits, else 0."""
     if label.ndim == 2:
         label = jnp.argmax(label, axis=-1)
     _, guessed = lax.top_k(logits, guesses)

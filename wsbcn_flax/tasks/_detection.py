@@ -39,48 +39,49 @@ from wsbcn_flax.tasks._task import Batch, Metrics, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detection(Task):
-    """Faster R-CNN and Mask R-CNN, with every shape fixed.
+    """The detection task: Faster R-CNN or Mask R-CNN, with every shape fixed.
 
-    A batch holds, for each of B images of any size that are padded below and on the right to H x W:
+    A batch has B images of any size, padded below and on the right to H x W. It holds:
 
     - ``image`` [B, H, W, C], normalized, with H and W multiples of 32;
     - ``image_hw`` [B, 2], heights and widths without padding, in pixels;
     - ``id`` [B], integers that tell images apart;
-    - ``boxes`` [B, G, 4], corners x1, y1, x2, y2 in pixels, with x2 - x1 the width;
+    - ``boxes`` [B, G, 4], corners x1, y1, x2, y2 in pixels, where x2 - x1 is the width;
     - ``labels`` [B, G], classes from 1 to K;
     - ``valid`` [B, G], whether the slot holds an object; other slots may hold anything;
     - for Mask R-CNN either ``masks`` [B, G, M, M], 0 or 1 on a grid over each object's own box, or
       ``bitmaps`` [B, G, H, W], 0 or 1 on the whole image.
 
-    Targets of the mask head are 0 or 1 from ``masks``, as the authors', and averages over each bin
-    from ``bitmaps``, as torchvision's.
+    Targets of the mask head made from ``masks`` are 0 or 1, like the authors'. Those made from
+    ``bitmaps`` are averages over each bin, like torchvision's.
 
     The loss is the sum of ``objectness_loss``, ``proposal_loss``, ``class_loss``, ``box_loss`` and
-    ``mask_loss``. Each is normalized in every image, by its sampled anchors, regions or objects,
-    and then averaged over images. An image draws its samples from a key that depends on the
-    step, which ``extra`` counts, and on its ``id``. So the step is the same however the batch is
-    split; ``rng``, which differs between devices and micro-batches, is not used.
+    ``mask_loss``. In every image, each is divided by the number of sampled anchors, regions or
+    objects; the results are averaged over images. An image draws its samples from a key that
+    depends on its ``id`` and on the step, which ``extra`` counts. So the step is the same however
+    the batch is split. ``rng``, which differs between devices and micro-batches, is not used.
 
-    Statistics of the normalizations in the heads are those of all ``regions`` slots, used or not.
+    The normalizations in the heads compute statistics of all ``regions`` slots, used or not.
 
     Attributes:
-        model: Networks.
+        model: Networks of the detector.
         convention: Convention of boxes and anchors. With ``proposals_per="device"``, as in
-            ``AUTHORS``, proposals are the best of all images of a device's micro-batch, and losses
-            are normalized over all of them: as published, and no longer the same however the batch
-            is split. ``dataclasses.replace(AUTHORS, proposals_per="image")`` keeps the rest.
-        leave_out_padding: Whether the padding counts neither in statistics of the normalizations
-            nor as a place of anchors; the detections are then those of the image alone.
+            ``AUTHORS``, proposals are the best of all images in a device's micro-batch, and losses
+            are normalized over these images together. This is as published, but the step then
+            depends on how the batch is split. ``dataclasses.replace(AUTHORS,
+            proposals_per="image")`` keeps the rest of the convention.
+        leave_out_padding: Whether the padding is left out of statistics of the normalizations and
+            has no anchors. The detections are then those of the image without padding.
         anchor_sizes: Side of the square anchors of the five levels, in pixels.
-        anchors: Number of anchors sampled in an image; half of them are positive at most.
-        regions: Number of regions sampled in an image; a quarter of them are positive at most.
-        proposals: Number of proposals of an image in training and in evaluation; also the number
-            that is decoded in each level.
-        detections: Number of detections of an image.
-        score_threshold: Probability that a detection exceeds.
-        proposal_iou, detection_iou: Largest overlap of two proposals of one level, and of two
+        anchors: Number of anchors sampled in an image; at most half of them are positive.
+        regions: Number of regions sampled in an image; at most a quarter of them are positive.
+        proposals: Numbers of proposals for an image, in training and in evaluation. Each is also
+            the number of anchors decoded in a level.
+        detections: Number of detections in an image.
+        score_threshold: Probability that a detection must exceed.
+        proposal_iou, detection_iou: Largest IoU of two proposals from one level, and of two
             detections of one class.
-        seed: Seed of the samples.
+        seed: Seed of the sampling of anchors and regions.
 
     Raises:
         ValueError: When traced, for a batch without the arrays named here, or of other shapes.
@@ -117,7 +118,7 @@ class Detection(Task):
     seed: int = 0
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """Returns variables of the model; they do not depend on the size of the images."""
+        """Returns the model's variables, which do not depend on the size of the images."""
         images = jnp.zeros((1, 64, 64, batch["image"].shape[-1]), batch["image"].dtype)
         return self.model.init(key, images, train=False)
 
@@ -143,11 +144,11 @@ class Detection(Task):
         return loss, (updates.get("batch_stats", {}), losses)
 
     def evaluate(self, params: Any, batch_stats: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the detections of every image, the surest first.
+        """Returns the detections of every image, in order of decreasing score.
 
         They are ``boxes`` [B, D, 4] in pixels of the image, ``scores`` [B, D], ``labels`` [B, D]
-        from 1, ``valid`` [B, D] and, of Mask R-CNN, ``masks`` [B, D, 28, 28], probabilities in the
-        frame of the box. ``image_hw`` and, where the batch has them, ``id`` and ``mask`` go along.
+        from 1 and ``valid`` [B, D]. Mask R-CNN adds ``masks`` [B, D, 28, 28], probabilities on a
+        grid over each box. ``image_hw`` and, if the batch has them, ``id`` and ``mask`` are copied.
         """
         self._check(batch)
         detect = nn.apply(self._detect, self.model)
@@ -155,11 +156,11 @@ class Detection(Task):
         return found | {k: batch[k] for k in ("image_hw", "id", "mask") if k in batch}
 
     def after_update(self, state: Any) -> jax.Array:
-        """Returns the number of the next step, for the keys of its samples."""
+        """Returns the number of the next step, from which ``loss`` derives its sampling keys."""
         return jnp.asarray(state.step)
 
     def _train(self, model: MaskRCNN, batch: Batch, keys: jax.Array) -> Metrics:
-        """The losses of the networks, which ``model`` has variables of."""
+        """Computes the losses; ``model`` is bound to its variables."""
         convention = self.convention
         per_device = convention.proposals_per == "device"
         of_anchors, of_regions = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -201,7 +202,7 @@ class Detection(Task):
         return {name: each.mean(per_device=per_device) for name, each in sums.items()}
 
     def _detect(self, model: MaskRCNN, batch: Batch) -> dict[str, jax.Array]:
-        """The detections of the networks, which ``model`` has variables of."""
+        """Computes the detections; ``model`` is bound to its variables."""
         image_hw = batch["image_hw"]
         levels, anchors, outputs = self._first_stage(model, batch, train=False)
         proposals = self._propose(outputs, anchors, image_hw, train=False)
@@ -225,7 +226,7 @@ class Detection(Task):
         return outputs
 
     def _first_stage(self, model: MaskRCNN, batch: Batch, *, train: bool) -> Any:
-        """Levels to align regions with, anchors, and what the first stage makes of them."""
+        """Computes the levels for RoIAlign, the anchors, and the outputs of the first stage."""
         image_hw = batch["image_hw"]
         levels = model.pyramid(
             batch["image"], train=train, image_hw=image_hw if self.leave_out_padding else None
@@ -256,9 +257,9 @@ class Detection(Task):
         )
 
     def _align(self, levels: Sequence[jax.Array], boxes: jax.Array, size: int) -> jax.Array:
-        """Features [B, N, size, size, C] of boxes [B, N, 4]."""
+        """Computes features [B, N, size, size, C] of boxes [B, N, 4]."""
         return pyramid_roi_align(
-            levels[: len(STRIDES) - 1],  # The coarsest is for anchors alone.
+            levels[: len(STRIDES) - 1],  # The coarsest level is only for anchors.
             boxes,
             strides=STRIDES[:-1],
             output_size=size,
@@ -266,7 +267,7 @@ class Detection(Task):
         )
 
     def _mask_targets(self, batch: Batch, boxes: jax.Array, regions: Regions) -> jax.Array:
-        """Masks of each region's object on the region's own grid, [B, P, size, size]."""
+        """Makes the masks [B, P, size, size] of each region's object, on a grid over the region."""
         size = 2 * self.model.mask_size
         if "bitmaps" in batch:
             targets = functools.partial(bitmap_targets, size=size)
@@ -275,7 +276,7 @@ class Detection(Task):
         return jax.vmap(targets)(batch["masks"], boxes, regions.boxes, regions.truth)
 
     def _last_pixel(self, boxes: jax.Array) -> jax.Array:
-        """Offset of x2 and y2 where the convention's boxes end with the last pixel, else zeros."""
+        """Returns the offset of x2 and y2 where boxes end with the last pixel, else zeros."""
         return self.convention.pixel * jnp.broadcast_to(jnp.array([0.0, 0, 1, 1]), boxes.shape)
 
     def _check(self, batch: Batch, *further: str) -> None:
@@ -294,6 +295,6 @@ class Detection(Task):
 
 
 def _on_regions(head: Callable[..., Any], features: jax.Array, *, train: bool) -> Any:
-    """The outputs [B, N, ...] of a head, from features [B, N, S, S, C]."""
+    """Applies a head to features [B, N, S, S, C]; returns outputs [B, N, ...]."""
     outputs = head(features.reshape(-1, *features.shape[2:]), train=train)
     return jax.tree.map(lambda x: x.reshape(*features.shape[:2], *x.shape[1:]), outputs)

@@ -1,4 +1,4 @@
-"""An exponential moving average of parameters, around any task."""
+"""The exponential moving average (EMA) of parameters, for any task."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from wsbcn_flax.tasks._task import Batch, Loss, Metrics, Task
 
 @struct.dataclass
 class Averaged:
-    """The ``extra`` of ``Ema``: the averages, and the ``extra`` of the task inside."""
+    """The ``extra`` of ``Ema``: the averages, and the ``extra`` of the inner task."""
 
     params: Any
     batch_stats: Any
@@ -24,9 +24,9 @@ class Averaged:
 class Ema(Task):
     """A task that is evaluated with an exponential moving average of its parameters.
 
-    After step k every parameter and running statistic moves the average a by
-    ``a + (1 - d) * (p - a)`` with ``d = min(decay, (1 + k) / (10 + k))``: early on the average is
-    short, so that it forgets the initialization. Training itself is unchanged.
+    After step k the average a of every parameter or running statistic p becomes
+    ``a + (1 - d) * (p - a)`` with ``d = min(decay, (1 + k) / (10 + k))``. Early averages span few
+    steps, so that they forget the initialization. Training itself is unchanged.
 
     Attributes:
         task: Task to train.
@@ -37,7 +37,7 @@ class Ema(Task):
 
     References:
         Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992; the
-        warm-up is that of TensorFlow's ``ExponentialMovingAverage``.
+        warm-up of ``d`` is that of TensorFlow's ``ExponentialMovingAverage``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -59,17 +59,17 @@ class Ema(Task):
             raise ValueError(f"decay must be in [0, 1), received {self.decay}.")
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
-        """Returns the variables of the task inside."""
+        """Returns the variables of the inner task."""
         return self.task.init(key, batch)
 
     def loss(
         self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array, extra: Any
     ) -> tuple[Loss, tuple[Any, Metrics]]:
-        """Returns the loss of the task inside."""
+        """Returns the loss of the inner task."""
         return self.task.loss(params, batch_stats, batch, rng=rng, extra=extra.extra)
 
     def evaluate(self, params: Any, batch_stats: Any, batch: Batch) -> Any:
-        """Returns the evaluation of the task inside."""
+        """Returns the evaluation of the inner task."""
         return self.task.evaluate(params, batch_stats, batch)
 
     def after_update(self, state: Any) -> Averaged:
@@ -93,7 +93,7 @@ class Ema(Task):
         return Averaged(params=params, batch_stats=batch_stats, extra=extra)
 
     def for_evaluation(self, state: Any) -> Any:
-        """Returns the state with the averages in the place of parameters and statistics."""
+        """Returns the state with the averages in place of parameters and statistics."""
         averaged = state.extra
         inside = state.replace(
             params=averaged.params, batch_stats=averaged.batch_stats, extra=averaged.extra

@@ -13,13 +13,14 @@ from wsbcn_flax.ops._checks import statistics_dtype
 class Mean:
     """A weighted mean that is not divided yet: ``total / weight``.
 
-    Sums of totals and of weights stay exact however samples are split, where a mean of means is
-    not: padding, ignored pixels and counts may differ between micro-batches and devices. A task
-    returns it as a metric, and as a loss whose weight varies; whoever adds the parts divides once.
+    Padding, ignored pixels and counts may differ between micro-batches and devices. Sums of totals
+    and of weights stay exact however samples are split, but a mean of means does not. A task
+    returns a ``Mean`` as a metric, and as a loss whose weight varies. After the parts are added up,
+    ``divide`` is called once.
 
     Attributes:
         total: Weighted sum of the values; a scalar, or an array such as a [K, K] confusion matrix.
-        weight: Sum of the weights; a scalar, or an array of the shape of ``total``.
+        weight: Sum of the weights; a scalar, or an array of the same shape as ``total``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -39,8 +40,8 @@ class Mean:
 
         Args:
             values: One value for each sample, pixel or other unit; any shape.
-            weight: Weights of the shape of ``values``, not negative; 1 by default. Where a weight
-                is zero the value may be anything, NaN included.
+            weight: Weights of the same shape as ``values``, not negative; 1 by default. Where a
+                weight is zero, the value may be anything, even NaN.
 
         Raises:
             ValueError: If the shapes differ.
@@ -55,7 +56,7 @@ class Mean:
                 f"Every value must have its weight, received values of shape {values.shape} and "
                 f"weights of shape {weight.shape}. Broadcast the weights first."
             )
-        # A selection, since zero times NaN is NaN.
+        # Zero times NaN is NaN, so values are selected and not only multiplied.
         products = jnp.where(weight == 0, 0, values) * weight
         return cls(jnp.sum(products), jnp.sum(weight))
 

@@ -27,11 +27,11 @@ STRIDES = (4, 8, 16, 32, 64)
 
 
 class Boxes(NamedTuple):
-    """A fixed number of boxes for each image, of which some are valid.
+    """A fixed number of boxes for each image, some of which are valid.
 
     Attributes:
-        boxes: [B, N, 4], xyxy in pixels.
-        valid: [B, N].
+        boxes: Boxes [B, N, 4], xyxy in pixels.
+        valid: Whether each box is valid [B, N].
     """
 
     boxes: jax.Array
@@ -42,8 +42,8 @@ class Anchors(NamedTuple):
     """The anchors of one level.
 
     Attributes:
-        boxes: [A, 4], xyxy in pixels.
-        valid: [B, A], whether they belong to the image or to padding that is left out.
+        boxes: Boxes [A, 4], xyxy in pixels.
+        valid: Whether each anchor is used [B, A]; anchors of padding that is left out are not.
     """
 
     boxes: np.ndarray
@@ -51,13 +51,13 @@ class Anchors(NamedTuple):
 
 
 class LossSum(NamedTuple):
-    """A loss as the sum over the samples of each image, and their number; both [B]."""
+    """A loss as its sum over the samples of each image and the number of samples, both [B]."""
 
     total: jax.Array
     samples: jax.Array
 
     def mean(self, *, per_device: bool) -> jax.Array:
-        """The mean over samples of each image and then over images, or over all samples."""
+        """Returns the mean over each image's samples, then over images; or over all samples."""
         if per_device:
             return jnp.sum(self.total) / jnp.maximum(jnp.sum(self.samples), 1)
         return jnp.mean(self.total / jnp.maximum(self.samples, 1))
@@ -71,7 +71,7 @@ def make_anchors(
     convention: BoxConvention,
     leave_out_padding: bool,
 ) -> list[Anchors]:
-    """Makes the anchors of the levels [B, H, W, C] of a pyramid."""
+    """Makes the anchors of a pyramid with levels [B, H, W, C]."""
     level_hw = [(level.shape[1], level.shape[2]) for level in levels]
     boxes = pyramid_anchors(level_hw, strides=STRIDES, sizes=sizes, convention=convention)
     anchors = []
@@ -93,7 +93,7 @@ def proposal_losses(
     samples: int,
     convention: BoxConvention,
 ) -> tuple[LossSum, LossSum]:
-    """Computes the losses of objectness and of boxes, on anchors sampled in each image.
+    """Computes the losses of objectness and boxes, on anchors sampled in each image.
 
     Args:
         outputs: Objectness logits [B, A] and deltas [B, A, 4] of each level.
@@ -153,7 +153,7 @@ def select_proposals(
     convention: BoxConvention,
     per_device: bool = False,
 ) -> Boxes:
-    """Decodes the best anchors of every level, suppresses duplicates and keeps the best of all.
+    """Decodes the best anchors of each level, suppresses duplicates and keeps the best overall.
 
     Args:
         outputs: Objectness logits [B, A] and deltas [B, A, 4] of each level.
@@ -161,10 +161,10 @@ def select_proposals(
         image_hw: Heights and widths of the images [B, 2], in pixels.
         per_level: Number of anchors that are decoded in each level.
         count: Number of proposals for each image.
-        iou_threshold: Largest overlap of two proposals from one level.
+        iou_threshold: Largest IoU of two proposals from one level.
         convention: Convention of boxes.
-        per_device: Whether ``count`` is that of all images together; the proposals of one image
-            then depend on the others.
+        per_device: Whether ``count`` is the number for all images together; the proposals of one
+            image then depend on the other images.
     """
     boxes, scores = [], []
     for (logits, deltas), references in zip(outputs, anchors, strict=True):
@@ -188,16 +188,16 @@ def select_proposals(
 
 
 def clip(boxes: jax.Array, image_hw: jax.Array, convention: BoxConvention) -> jax.Array:
-    """Clips boxes [B, ..., 4] to images of sizes [B, 2]."""
+    """Clips boxes [B, ..., 4] to images of heights and widths [B, 2]."""
     return jax.vmap(functools.partial(clip_boxes, convention=convention))(boxes, image_hw)
 
 
 def is_at_least(boxes: jax.Array, side: float, convention: BoxConvention) -> jax.Array:
-    """Whether both sides of boxes [..., 4] have this length, in pixels."""
+    """Whether both sides of boxes [..., 4] are at least ``side`` pixels long."""
     sides = boxes[..., 2:] - boxes[..., :2] + convention.pixel
     return jnp.all(sides >= side, axis=-1)
 
 
 def smooth_l1(error: jax.Array, *, beta: float) -> jax.Array:
-    """|error| - beta / 2, and error^2 / (2 beta) below beta."""
+    """Returns |error| - beta / 2, and error^2 / (2 beta) where |error| is below beta."""
     return optax.huber_loss(error, delta=beta) / beta

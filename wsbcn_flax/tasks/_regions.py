@@ -1,4 +1,4 @@
-"""The second stage of two-stage detection: from proposals to objects."""
+"""The second stage of two-stage detection: from proposals to detections."""
 
 from typing import NamedTuple
 
@@ -21,15 +21,15 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class Regions(NamedTuple):
-    """Proposals sampled in each image, the positive ones first, and what they should become.
+    """Proposals sampled in each image, the positive ones first, and their targets.
 
     Attributes:
-        boxes: [B, S, 4], xyxy in pixels.
-        valid: [B, S], whether the slot is used.
-        positive: [B, S], whether it holds an object.
-        labels: [B, S], class from 1, or 0 for the background.
-        truth: [B, S], index of the object's annotation.
-        targets: [B, S, 4], deltas of the annotated box.
+        boxes: Boxes [B, S, 4], xyxy in pixels.
+        valid: Whether each slot is used [B, S].
+        positive: Whether each slot holds an object [B, S].
+        labels: Classes [B, S] from 1, or 0 for the background.
+        truth: Indices [B, S] of the objects' annotations.
+        targets: Deltas [B, S, 4] of the annotated boxes.
     """
 
     boxes: jax.Array
@@ -91,7 +91,7 @@ def sample_regions(
 def box_losses(
     logits: jax.Array, deltas: jax.Array, regions: Regions, *, convention: BoxConvention
 ) -> tuple[LossSum, LossSum]:
-    """Computes the losses of classes and of boxes, from logits [B, S, K + 1] and their deltas."""
+    """Computes the losses of classes (logits [B, S, K + 1]) and boxes (deltas [B, S, K + 1, 4])."""
     error = optax.softmax_cross_entropy_with_integer_labels(logits, regions.labels)
     deltas = of_label(jnp.moveaxis(deltas, 2, 3), regions.labels)
     distance = jnp.sum(smooth_l1(deltas - regions.targets, beta=convention.box_beta), axis=-1)
@@ -105,20 +105,20 @@ def box_losses(
 def mask_loss(
     logits: jax.Array, targets: jax.Array, labels: jax.Array, positive: jax.Array
 ) -> LossSum:
-    """Computes the loss of masks, from logits [B, P, M, M, K + 1] and targets [B, P, M, M]."""
+    """Computes the loss of masks from logits [B, P, M, M, K + 1] and targets [B, P, M, M]."""
     error = optax.sigmoid_binary_cross_entropy(of_label(logits, labels), targets)
     total = jnp.sum(jnp.mean(error, axis=(2, 3)), axis=1, where=positive)
     return LossSum(total, jnp.sum(positive, axis=1))
 
 
 class Detections(NamedTuple):
-    """The objects found in each image, the surest first.
+    """The objects detected in each image, in order of decreasing score.
 
     Attributes:
-        boxes: [B, D, 4], xyxy in pixels.
-        scores: [B, D], probability of the class.
-        labels: [B, D], class from 1.
-        valid: [B, D], whether the slot holds an object.
+        boxes: Boxes [B, D, 4], xyxy in pixels.
+        scores: Probabilities [B, D] of the classes.
+        labels: Classes [B, D], from 1.
+        valid: Whether each slot holds an object [B, D].
     """
 
     boxes: jax.Array
@@ -141,13 +141,13 @@ def select_detections(
     """Decodes every class of every proposal, suppresses duplicates of a class, keeps the best.
 
     Args:
-        logits: Class logits [B, N, K + 1], the background's first.
+        logits: Class logits [B, N, K + 1], the background first.
         deltas: Deltas for each class [B, N, K + 1, 4].
-        proposals: Proposals that they are of.
+        proposals: Proposals [B, N] that the logits and deltas belong to.
         image_hw: Heights and widths of the images [B, 2], in pixels.
         count: Number of detections for each image.
-        score_threshold: Probability that a detection exceeds.
-        iou_threshold: Largest overlap of two detections of one class.
+        score_threshold: Probability that a detection must exceed.
+        iou_threshold: Largest IoU of two detections of one class.
         convention: Convention of boxes.
     """
     scores, deltas = jax.nn.softmax(logits)[..., 1:], deltas[:, :, 1:]
@@ -169,6 +169,6 @@ def select_detections(
 
 
 def of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """The values [B, N, ..., K + 1] of each region's label [B, N]."""
+    """Selects from values [B, N, ..., K + 1] those of each region's label [B, N]."""
     labels = labels.reshape(labels.shape + (1,) * (values.ndim - 2))
     return jnp.squeeze(jnp.take_along_axis(values, labels, axis=-1), axis=-1)

@@ -8,17 +8,17 @@ import jax
 from wsbcn_flax.tasks._mean import Mean
 
 Batch = Mapping[str, jax.Array]
-"""Arrays by name, with one common leading axis, that of the samples."""
+"""Arrays by name; the leading axis of all of them is that of the samples."""
 Metrics = dict[str, Any]
 """Scalars or ``Mean``s by name."""
 Loss = jax.Array | Mean
 
 
 class Network(Protocol):
-    """A model as two pure functions, as every Linen module is."""
+    """The interface of a model as two pure functions; every Linen module has it."""
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's variables, from a key and inputs."""
+        """Makes the model's variables from a key and inputs."""
         ...
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ class Network(Protocol):
 
 
 class LossFn(Protocol):
-    """A loss without a task: all that ``make_train_step`` needs of one."""
+    """The interface of a loss function, which ``make_train_step`` takes in place of a task."""
 
     def __call__(
         self, params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
@@ -39,21 +39,21 @@ class LossFn(Protocol):
 class Task(Protocol):
     """A model with its loss and its evaluation, as pure functions of parameters and statistics.
 
-    A class that inherits from this one has the two hooks at the end, which change nothing; any
-    object with the first three methods is a task too. Losses and metrics are scalars that are means
-    over the samples of the batch, or a ``Mean`` where samples differ in weight. Then the training
-    step is the same however the batch is split.
+    A class that inherits from this one has default hooks ``after_update`` and ``for_evaluation``,
+    which change nothing. Any object with the first three methods is a task too. Losses and metrics
+    are scalar means over the samples of the batch, or a ``Mean`` if samples differ in weight. Then
+    the training step is the same however the batch is split.
 
     The state that the hooks receive is ``wsbcn_flax.training.TrainState``. Its ``extra`` belongs to
-    the task: a target network, an average of parameters. It is never averaged over micro-batches or
-    devices, and no gradient flows through it.
+    the task and may be a target network or an average of parameters. It is never averaged over
+    micro-batches or devices, and no gradient flows through it.
     """
 
     def init(self, key: jax.Array, batch: Batch) -> Mapping[str, Any]:
         """Returns the variables of the model for batches shaped like ``batch``.
 
-        They are ``params``, ``batch_stats`` if there are any, and ``extra`` if the task has one.
-        The values of the batch do not matter.
+        They are ``params``, and ``batch_stats`` and ``extra`` if the task has them. The values of
+        the batch do not matter.
         """
         ...
 
@@ -64,9 +64,10 @@ class Task(Protocol):
         ...
 
     def evaluate(self, params: Any, batch_stats: Any, batch: Batch) -> Any:
-        """Returns a pytree of ``Mean``s, added up over devices and batches, and of predictions.
+        """Returns a pytree of ``Mean``s and predictions.
 
-        A prediction is an array [B, ...] of fixed shape, one row for each sample of the batch.
+        ``Mean``s are added up over devices and batches. A prediction is an array [B, ...] of fixed
+        shape, one row for each sample of the batch.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The training step, what parallelizes and accumulates it, the loop around it, the experiment.
+"""The training step, its parallelization and accumulation, the training loop, and experiments.
 
 Plumbing is in named modules: ``checkpoints``, ``ahead_of_time``, ``preemption``, ``processes``,
 ``progress`` and ``writers``.

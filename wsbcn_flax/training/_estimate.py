@@ -1,4 +1,4 @@
-"""Figures that are read from a compiled program's text: TPU's estimate of time, GPU's kernels."""
+"""Costs read from a compiled program's text: TPU time estimates and GPU kernels."""
 
 import collections
 import math
@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-SMALL_CYCLES = 3000  # An operation costs some 1,800 on a v5e, however little it computes.
+SMALL_CYCLES = 3000  # On a v5e every operation costs at least about 1,800.
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\n((?: .*\n|\n)*?)\}", re.MULTILINE)
 _LOOP_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
-# Name, type, kind, operands.
+# Groups: name, type, kind, operands.
 _OPERATION = re.compile(r"^ +(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(([^)]*)\)")
 _NAME = re.compile(r"%?([\w.\-]+)(?:,|$)")
 _CALLED = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
@@ -18,7 +18,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _PATH = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
-# Parts of a path that are no modules, and transformations of a module.
+# Parts of a path that are not modules, and transformations around a module's name.
 _MACHINERY = re.compile(r"jit\(|(shard_map|checkpoint|rematted_computation|cond|branch_\d+_fun)$")
 _TRANSFORMED = re.compile(r"(?:\w+\()*([^()]*)\)*")
 
@@ -30,8 +30,9 @@ class Operation(NamedTuple):
         path: Name that JAX gave it: modules, transformations and a primitive.
         cycles: Estimated cycles of one execution.
         times: Number of executions.
-        is_custom_call: Whether it is a kernel of ours (Pallas), which carries no estimate:
-            ``SMALL_CYCLES``, or the time that its operands and results take to move if longer.
+        is_custom_call: Whether it is a Pallas kernel of this library, for which the compiler gives
+            no estimate. It counts as ``SMALL_CYCLES`` or the cycles to move its operands and
+            results, whichever is more.
     """
 
     path: str
@@ -47,7 +48,7 @@ def estimated_operations(hlo: str, *, trips: int, bytes_per_cycle: float) -> lis
 
     Args:
         hlo: Text of the compiled program.
-        trips: Number of times that loops run.
+        trips: Number of iterations of loops.
         bytes_per_cycle: Bytes that the chip's memory moves in a cycle, for custom calls.
     """
     bodies = set(_LOOP_BODY.findall(hlo))
@@ -74,14 +75,14 @@ def estimated_operations(hlo: str, *, trips: int, bytes_per_cycle: float) -> lis
 
 
 def _lines(computation: str) -> Iterator[tuple[str, ...]]:
-    """Each line that is an operation, with its name, type, kind and operands."""
+    """Yields each line that is an operation, with its name, type, kind and operands."""
     for line in computation.splitlines():
         if match := _OPERATION.match(line):
             yield line, *match.groups()
 
 
 class Group(NamedTuple):
-    """Operations of one module, or of modules that differ by numbers alone, in one direction."""
+    """A sum of operations of one module, or of modules that differ by number, in one direction."""
 
     path: str
     cycles: int
@@ -90,7 +91,7 @@ class Group(NamedTuple):
 
 
 def group_by_module(operations: Iterable[Operation]) -> list[Group]:
-    """Adds up the operations of each module and direction, costliest first.
+    """Adds up the operations of each module and direction, the costliest first.
 
     Example:
         >>> from wsbcn_flax.training.ahead_of_time import Operation, group_by_module
@@ -114,7 +115,7 @@ def group_by_module(operations: Iterable[Operation]) -> list[Group]:
 
 
 def _module(path: str) -> str:
-    """The path of modules, with * for numbers, after the direction of differentiation."""
+    """Returns the direction of differentiation and the path of modules, with * for numbers."""
     direction = ""
     if "jvp(" in path:
         direction = "backward " if "transpose(" in path else "forward "
@@ -125,12 +126,12 @@ def _module(path: str) -> str:
 
 
 class Kernels(NamedTuple):
-    """Kernels that a GPU launches in a step, outside loops.
+    """The kernels that a GPU launches in a step, outside loops.
 
     Attributes:
-        bytes_accessed: Bytes of the operands and results of all of them.
+        bytes_accessed: Bytes of the operands and results of all kernels.
         fusions: Number of kernels that XLA made.
-        library_calls: Number of calls of cuDNN, cuBLAS and the like.
+        library_calls: Number of calls to cuDNN, cuBLAS and similar libraries.
     """
 
     bytes_accessed: int
@@ -142,9 +143,9 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 
 
 def gpu_kernels(hlo: str) -> Kernels:
-    """Counts the kernels in the entry computation of a program for GPU, and their bytes.
+    """Counts the kernels in the entry computation of a GPU program, and their bytes.
 
-    A kernel that reads a slice of an operand reads no more of it than that.
+    If a fusion reads only slices of an operand, only the bytes of the slices count.
     """
     computations = _COMPUTATION.findall(hlo)
     texts = {name: text for _, name, text in computations}
@@ -166,7 +167,7 @@ def gpu_kernels(hlo: str) -> Kernels:
 
 
 def _sliced_bytes(fusion: str) -> dict[int, int]:
-    """Bytes that a fusion reads of each parameter of which it reads nothing but slices."""
+    """Returns the bytes that a fusion reads of those parameters of which it reads only slices."""
     numbers: dict[str, int] = {}
     read: dict[int, int] = collections.defaultdict(int)
     whole: set[int] = set()
@@ -183,7 +184,7 @@ def _sliced_bytes(fusion: str) -> dict[int, int]:
 
 
 def _byte_count(shape: str) -> int:
-    """The bytes of an array, or of a tuple of arrays, without the padding of tiles."""
+    """Returns the bytes of an array or a tuple of arrays, without the padding of tiles."""
     total = 0
     for dtype, bits, dimensions in _ARRAY.findall(shape):
         elements = math.prod(int(size) for size in dimensions.split(",") if size)

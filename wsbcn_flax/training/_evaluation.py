@@ -1,4 +1,4 @@
-"""Evaluation over a full set, the last partial batch included."""
+"""Evaluation over a whole dataset, including the last partial batch."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from wsbcn_flax.tasks import Batch, Mean, Task
 from wsbcn_flax.training._state import TrainState
 
 EvalStep = Callable[[TrainState, Batch], Any]
-"""A step of evaluation, as ``make_eval_step`` returns it."""
+"""An evaluation step, as returned by ``make_eval_step``."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -21,13 +21,14 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Evaluator(Protocol):
-    """Makes metrics on the host from the outputs of a task's ``evaluate``.
+    """The interface of evaluators, which compute metrics from the outputs of a task's ``evaluate``.
 
-    One is made for each evaluation. Every process runs it, on the outputs of all devices.
+    An evaluator is made for each evaluation. It runs on the host, in every process, on the outputs
+    of all devices.
     """
 
     def add(self, outputs: Any) -> None:
-        """Takes the outputs of one batch, as NumPy arrays."""
+        """Receives the outputs of one batch, as NumPy arrays."""
         ...
 
     def result(self) -> Mapping[str, float]:
@@ -39,7 +40,8 @@ class Average:
     """The evaluator of metrics that are ``Mean``s; it adds them up and divides once.
 
     Raises:
-        ValueError: If there were no batches, a metric has no weight, or one is not a scalar.
+        ValueError: If there were no batches, the weight of a metric is zero, or a metric is not a
+            scalar.
 
     Example:
         >>> from wsbcn_flax.tasks import Mean
@@ -55,10 +57,10 @@ class Average:
         self._sums: dict[str, Mean] = {}
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Adds the outputs of one batch that are ``Mean``s."""
+        """Adds those outputs of one batch that are ``Mean``s."""
         for name, value in outputs.items():
             if isinstance(value, Mean):
-                # In float64, since the sums of many batches lose digits in float32.
+                # Sums over many batches lose digits in float32.
                 value = jax.tree.map(lambda x: np.asarray(x, np.float64), value)
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
 
@@ -76,7 +78,7 @@ class Average:
 def make_eval_step(task: Task, *, axis_name: str | None = None) -> EvalStep:
     """Makes ``step(state, batch) -> outputs`` from a task, to wrap in ``Partition.compile``.
 
-    ``Mean``s are added over devices; predictions [B, ...] are gathered, in the order of the batch.
+    ``Mean``s are added up over devices. Predictions [B, ...] are gathered in the batch's order.
 
     Args:
         task: Task whose ``evaluate`` is called.
@@ -109,11 +111,11 @@ def evaluate(
 
     Args:
         step: Compiled result of ``make_eval_step``.
-        state: State of the training, or of a checkpoint.
+        state: State from training or from a checkpoint.
         batches: Batches of the evaluation split.
         transform: Transform params -> params of the training step; applied once, before the first
             batch.
-        evaluators: Makers of the evaluators, whose metrics are joined.
+        evaluators: Functions that make the evaluators; the result joins their metrics.
 
     Raises:
         ValueError: If the batches hold no valid sample, or a metric is not a scalar.
@@ -137,7 +139,7 @@ def evaluate(
     pending = None
     for batch in batches:
         outputs = step(state, batch)
-        if pending is not None:  # One batch late: the device does not wait for the host.
+        if pending is not None:  # One batch late, so that the device does not wait for the host.
             add(jax.device_get(pending))
         pending = outputs
     if pending is not None:
@@ -147,7 +149,7 @@ def evaluate(
 
 
 def check_evaluation(metrics: Mapping[str, float], *, where: str = "") -> dict[str, float]:
-    """The metrics, all of which must be finite."""
+    """Returns the metrics; raises NonFiniteLossError unless all are finite."""
     if bad := non_finite(metrics):
         raise NonFiniteLossError(
             f"Evaluation needs finite metrics, received {bad}{where}. Look for bad values "
@@ -158,7 +160,7 @@ def check_evaluation(metrics: Mapping[str, float], *, where: str = "") -> dict[s
 
 
 def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics on the host; all of them must be scalars."""
+    """Returns the metrics as floats; raises ValueError unless all are scalars."""
     values = jax.device_get(dict(metrics))
     if shapes := {name: np.shape(value) for name, value in values.items() if np.ndim(value)}:
         raise ValueError(
@@ -169,5 +171,5 @@ def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def non_finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are NaN or infinite."""
+    """Returns the metrics that are NaN or infinite."""
     return {name: value for name, value in metrics.items() if not math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""One object for everything that is trained, evaluated, compiled and measured."""
+"""The experiment: one object to train, evaluate, compile and measure a task."""
 
 import contextlib
 import dataclasses
@@ -36,19 +36,19 @@ from wsbcn_flax.training.writers import (
 
 
 class Data(Protocol):
-    """The batches that an experiment trains and is evaluated on."""
+    """The interface of the data that an experiment trains and evaluates on."""
 
     @property
     def element_spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every array of one training example, known without data."""
+        """Shape and dtype of every array of one training example, known without reading data."""
         ...
 
     def train_batches(
         self, *, batch_size: int, seed: int, start_step: int, host_index: int, host_count: int
     ) -> Iterator[Mapping[str, Any]]:
-        """Returns this host's share of endless batches, from a step on.
+        """Returns this host's share of the endless batches that start with ``start_step``.
 
-        An iterator that has ``close()`` is closed.
+        If the iterator has ``close()``, that is called at the end.
         """
         ...
 
@@ -60,11 +60,11 @@ class Data(Protocol):
     def eval_batches(
         self, *, batch_size: int, host_index: int, host_count: int
     ) -> Iterable[Mapping[str, Any]]:
-        """Returns this host's share of the evaluation split, once through."""
+        """Returns this host's share of one pass over the evaluation split."""
         ...
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns what prediction needs of the data, as JSON values; a run keeps them."""
+        """Returns facts about the data that prediction needs, as JSON values; a run keeps them."""
         ...
 
 
@@ -74,16 +74,17 @@ class BatchConfig:
 
     Attributes:
         size: Number of samples in a step, over all devices.
-        micro: Number of samples in a micro-batch; one micro-batch on each device if None.
+        micro: Number of samples in a micro-batch; None makes one micro-batch per device.
         loop: How micro-batches run; see ``MicroBatches``.
         batch_stats: "average" or "carry"; see ``MicroBatches``.
         mode: How devices are used: "shard_map", "jit" or "pmap"; see ``Partition``.
         devices: Number of devices; all if None.
         reduce_dtype: Dtype in which devices add up gradients; see ``make_train_step``. Not for
             mode "jit".
-        shard_optimizer: Whether devices share out the optimizer's state; for mode "jit".
+        shard_optimizer: Whether the optimizer's state is split over the devices; only for mode
+            "jit".
         compiler_options: Options of XLA; not for mode "pmap".
-        evaluation: Number of samples in an evaluation batch; ``size`` if None.
+        evaluation: Number of samples in an evaluation batch; defaults to ``size``.
     """
 
     size: int = 64
@@ -104,7 +105,7 @@ class BatchConfig:
                 raise ValueError(f"batch.{name} must be at least 1, received {value}.")
 
     def partition(self, devices: Sequence[Any] | None = None) -> Partition:
-        """Returns the partition over ``devices``, by default the first of those that JAX finds."""
+        """Returns the partition over ``devices``, by default the first devices that JAX finds."""
         return Partition(
             mode=self.mode,
             devices=self._devices() if devices is None else devices,
@@ -118,7 +119,7 @@ class BatchConfig:
         Raises:
             ValueError: If the batch is not a whole number of micro-batches on every device.
         """
-        # Under jit a micro-batch is spread over the devices; otherwise each device has its own.
+        # Under jit a micro-batch spans all devices; otherwise each device has its own.
         shares = 1 if self.mode == "jit" else device_count
         micro = self.size // shares if self.micro is None else self.micro
         if micro < 1 or self.size % (shares * micro) or self.size % device_count:
@@ -162,20 +163,21 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A task with all that training and evaluating it takes.
+    """A task with everything needed to train and evaluate it.
 
     Attributes:
         task: Task to train.
         data: Batches to train and evaluate on.
         optimizer: Any optax transformation.
-        steps: Number of steps of the whole training.
+        steps: Total number of training steps.
         batch: Global batch and its split.
         transform: Transform params -> params of the training step; None for the identity.
         kernel_dtype: Dtype that kernels are rounded to once a step; see ``make_train_step``.
         loss_scale: Flax's dynamic scale for float16; None for no scaling.
-        evaluators: Makers of the evaluators.
-        seed: Seed of initialization, order, augmentation and dropout.
-        trained: Variables to start from in place of the task's own, such as a backbone's.
+        evaluators: Functions that make the evaluators.
+        seed: Seed of initialization, sample order, augmentation and dropout.
+        trained: Variables that replace the task's initial ones of the same paths, such as those of
+            a pretrained backbone.
     """
 
     task: Task
@@ -191,12 +193,12 @@ class Experiment:
     trained: Mapping[str, Any] | None = None
 
     def init(self, seed: int, trained: Mapping[str, Any] | None = None) -> TrainState:
-        """Makes the state before the first step; ``jax.eval_shape`` gives its shapes alone.
+        """Makes the state before the first step; ``jax.eval_shape`` of it gives only its shapes.
 
         Args:
             seed: Seed of the variables.
-            trained: The experiment's ``trained``, or None: an argument, lest a compiled function
-                hold it.
+            trained: The experiment's ``trained``, or None. It is an argument so that a compiled
+                function does not contain its arrays.
 
         Raises:
             ValueError: For trained variables that the task does not have, or of another shape.
@@ -214,7 +216,7 @@ class Experiment:
         )
 
     def compile(self, devices: Sequence[Any] | None = None) -> Program:
-        """Makes the functions for ``devices``, by default those of ``batch``.
+        """Makes the functions for ``devices``, by default the devices of ``batch``.
 
         Raises:
             ValueError: If devices and micro-batches do not divide the batch.
@@ -241,7 +243,7 @@ class Experiment:
         )
 
     def lower(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """Lowers the training step for ``devices``, none of which need be here, without data."""
+        """Lowers the training step for ``devices``, which may be absent, without reading data."""
         spec = {
             name: jax.ShapeDtypeStruct((self.batch.size, *x.shape), x.dtype)
             for name, x in self.data.element_spec.items()
@@ -252,17 +254,17 @@ class Experiment:
     def batches(
         self, partition: Partition, seed: int, start_step: int
     ) -> Iterator[Mapping[str, jax.Array]]:
-        """Yields training batches from ``start_step`` on, placed on the devices."""
+        """Yields training batches starting with ``start_step``, placed on the devices."""
         batches = self.data.train_batches(
             batch_size=self.batch.size, seed=seed, start_step=start_step, **_host()
         )
         try:
             yield from map(partition.place_batch, batches)
         finally:
-            getattr(batches, "close", lambda: None)()  # Grain's iterators hold threads.
+            getattr(batches, "close", lambda: None)()  # Ends the threads of grain's iterators.
 
     def for_evaluation(self, state: TrainState) -> TrainState:
-        """Returns the state that is evaluated and exported, such as an average over steps."""
+        """Returns the state to evaluate and export, such as an average over steps."""
         return getattr(self.task, "for_evaluation", lambda state: state)(state)
 
     def evaluate(
@@ -273,7 +275,7 @@ class Experiment:
         batches = self.data.eval_batches(batch_size=size, **_host())
         total = -(-self.data.eval_size // size)
         with Progress("evaluate", total=total, enabled=show_progress) as progress:
-            progress.note("compiling the step")  # For an instant, where it is compiled already.
+            progress.note("compiling the step")  # Shown briefly if it is already compiled.
 
             def placed() -> Iterator[Batch]:
                 for number, batch in enumerate(batches, start=1):
@@ -298,20 +300,20 @@ class Experiment:
         tensorboard: bool = False,
         recipe: Mapping[str, Any] | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
-        """Trains, with checkpoints and metrics in a folder, resuming from what it holds.
+        """Trains with checkpoints and metrics in a folder, resuming from its latest checkpoint.
 
         The folder is locked before anything in it is read or written.
 
         Args:
-            folder: Folder of the run; None to keep nothing.
-            config: Lengths and intervals.
+            folder: Folder of the run; None saves nothing.
+            config: Number of steps, and intervals of logging, evaluation and checkpoints.
             program: Result of ``compile``, to compile once for many seeds.
-            seed: Seed in the place of the experiment's own.
+            seed: Seed that replaces the experiment's own.
             tensorboard: Whether to write TensorBoard's files too.
-            recipe: JSON values that tell this run from others, kept as ``recipe.json``.
+            recipe: JSON values that distinguish this run from others, kept as ``recipe.json``.
 
         Returns:
-            The state after the last step, and its evaluation's metrics.
+            The state after the last step, and the metrics of its evaluation.
 
         Raises:
             FolderInUseError: If another process trains in the folder.
@@ -320,7 +322,7 @@ class Experiment:
         """
         program = program or self.compile()
         seed = self.seed if seed is None else seed
-        state = program.init(seed)  # What cannot be made is refused before the folder is claimed.
+        state = program.init(seed)  # Before the folder is claimed, since it may raise.
         with contextlib.ExitStack() as stack:
             options: dict[str, Any] = {}
             if folder is not None:
@@ -342,14 +344,14 @@ class Experiment:
                 evaluate=functools.partial(
                     self.evaluate,
                     program,
-                    # In a log, lines of every evaluation would bury those of the training.
+                    # In a log, lines of evaluations would hide those of the training.
                     show_progress=config.show_progress and sys.stdout.isatty(),
                 ),
                 **options,
             )
 
     def _writer(self, folder: Path, done: int, *, tensorboard: bool) -> MetricWriter:
-        """Writers of metrics and of the data's facts, on the first process alone."""
+        """Writes the data's facts and makes the writers of metrics, on the first process only."""
         writers: list[MetricWriter] = []
         if is_first_process():
             write_json(folder / "data.json", dict(self.data.facts()))

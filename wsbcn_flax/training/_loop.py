@@ -1,4 +1,4 @@
-"""The one training loop, for every task."""
+"""The training loop of every task."""
 
 import contextlib
 import dataclasses
@@ -23,17 +23,17 @@ from wsbcn_flax.training.writers import MetricWriter, MultiWriter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long to train, and what to do on the way. All in steps.
+    """The length of training, and the intervals of logging, evaluation and checkpoints, in steps.
 
     Attributes:
-        steps: the step at which training ends.
-        log_every: how often training metrics are written.
-        eval_every: how often to evaluate, besides at the end; None for the end only.
-        checkpoint_every: how often to save, besides at the end; None for the end only.
-        show_progress: whether to display progress.
+        steps: Step at which training ends.
+        log_every: Interval of writing training metrics, which are also written at the end.
+        eval_every: Interval of evaluations besides the one at the end; None for the end only.
+        checkpoint_every: Interval of checkpoints besides the one at the end; None for the end only.
+        show_progress: Whether to display progress.
 
     Raises:
-        ValueError: for a number below one.
+        ValueError: For a number below one.
     """
 
     steps: int
@@ -62,30 +62,32 @@ def fit(
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains from the state's step to ``config.steps``.
 
-    A state restored from a checkpoint continues exactly where it stopped, since batches follow
-    from the step alone. Metrics are read one step late, so that the device does not wait for the
-    host; nothing is saved, evaluated or returned before every loss up to it is known to be finite.
+    A state restored from a checkpoint continues exactly where it stopped, since batches depend on
+    the step alone. Metrics are read one step late, so that the device does not wait for the host.
+    A state is only saved, evaluated or returned after every loss up to it was found finite.
 
     Args:
-        step: compiled; the state given to it may be donated.
-        state: where to begin; already on its devices.
-        make_batches: from a number of steps done to an iterator of the batches that follow.
-        config: lengths and intervals.
-        evaluate: metrics of a state, written under their names with the prefix ``eval_``.
-        checkpointer: inside its ``with`` block, or None to save nothing.
-        writer: receives the metrics.
-        should_stop: asked after every step, given its number; when true, the state is saved and
-            training ends early. See ``stop_on_signal``.
+        step: Compiled training step; it may donate the state it receives.
+        state: State to start from, already on its devices.
+        make_batches: Maps a number of finished steps to an iterator of the batches that follow.
+        config: Number of steps, and intervals.
+        evaluate: Function from a state to metrics, which are written with the prefix ``eval_``.
+        checkpointer: Checkpointer inside its ``with`` block; None saves nothing.
+        writer: Writer of the metrics; None writes nothing.
+        should_stop: Function called with the number of every finished step. When it returns true,
+            the state is saved and training ends early. See ``stop_on_signal``.
 
     Returns:
-        The state after the last step, and its evaluation's metrics (empty without ``evaluate``).
+        The state after the last step, and the metrics of its evaluation (empty without
+        ``evaluate``).
 
     Raises:
-        ValueError: for a state beyond ``config.steps``, batches that end before it, or metrics
+        ValueError: For a state beyond ``config.steps``, batches that end before it, or metrics
             that are not scalars.
-        NonFiniteLossError: at once when a loss or gradient norm is not finite; for an evaluation
-            metric, after saving the step if that was due. Earlier checkpoints stay as they are.
-        PreemptedError: when ``should_stop`` ended training early.
+        NonFiniteLossError: If a training metric, such as a loss or gradient norm, is not finite. If
+            an evaluation metric is not, the step is first saved if that was due. Earlier
+            checkpoints stay as they are.
+        PreemptedError: If ``should_stop`` ended training early.
 
     Example:
         >>> import itertools, jax, jax.numpy as jnp, optax
@@ -134,7 +136,7 @@ def fit(
                 try:
                     results = _evaluated(evaluate, state, number)
                 except NonFiniteLossError as error:
-                    results, failure = {}, error  # The steps until here are saved first.
+                    results, failure = {}, error  # Raised after the steps until here are saved.
                 values |= results
             if is_due["log"] or (is_due["eval"] and evaluate is not None):
                 writer.write(number, values)
@@ -190,7 +192,7 @@ def _divides(interval: int | None, number: int) -> bool:
 
 @contextlib.contextmanager
 def _closing(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """Closes an iterator that can be closed: grain's hold threads."""
+    """Closes an iterator that can be closed, to end the threads of grain's iterators."""
     try:
         yield batches
     finally:

@@ -1,8 +1,8 @@
-"""Dynamic loss scaling for float16, around flax's rule for the scale.
+"""Dynamic loss scaling for float16, with Flax's rule for the scale.
 
 Small gradients vanish in float16 unless the loss, and so every gradient, is multiplied by a large
-number; too large a number makes them infinite. Flax's rule doubles it after many finite steps and
-halves it after one that is not.
+scale. Too large a scale makes gradients infinite. Flax's rule doubles the scale after many finite
+steps and halves it after a step that is not finite.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from wsbcn_flax.training._state import TrainState
 
 
 def scale_loss(loss_fn: ScalarLossFn, loss_scale: DynamicScale) -> ScalarLossFn:
-    """The loss times the scale; its own value stays among the metrics."""
+    """Multiplies the loss by the scale; the metrics keep the unscaled loss."""
 
     def scaled_loss_fn(
         params: Any, batch_stats: Any, batch: Batch, *, rng: jax.Array
@@ -30,19 +30,20 @@ def scale_loss(loss_fn: ScalarLossFn, loss_scale: DynamicScale) -> ScalarLossFn:
 
 
 def unscale(gradients: Any, loss_scale: DynamicScale) -> Any:
-    """The gradients of the loss itself."""
+    """Divides gradients of the scaled loss by the scale."""
     return jax.tree.map(lambda g: g / jnp.asarray(loss_scale.scale, g.dtype), gradients)
 
 
 def skip_if_not_finite(
     state: TrainState, new_state: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """Takes the step if its ``grad_norm`` is finite, and adapts the scale to whether it is.
+    """Takes the step if its ``grad_norm`` is finite, else skips it; adapts the scale either way.
 
-    A step that is skipped counts as a step, since its batch is used up, and changes nothing else.
+    A skipped step still counts, since its batch is used up. It changes nothing but the step number
+    and the scale.
     """
     assert state.loss_scale is not None
-    # The norm stands for all gradients: flax's rule sees a scalar that is finite if they are.
+    # The norm stands for all gradients: Flax's rule sees a scalar that is finite if they are.
     probe = jnp.where(jnp.isfinite(metrics["grad_norm"]), 1.0, jnp.nan)
     rule = state.loss_scale.value_and_grad(lambda x: probe * x)(jnp.ones(()))
     kept = dataclasses.replace(state, step=new_state.step)

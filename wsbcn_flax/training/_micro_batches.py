@@ -1,4 +1,4 @@
-"""Gradients of one batch, computed as several micro-batches."""
+"""Gradients of one batch, computed in several micro-batches."""
 
 import dataclasses
 import functools
@@ -25,9 +25,9 @@ class Evaluated(NamedTuple):
     """Results of one pass over a batch.
 
     Attributes:
-        gradients: Gradients of the total of the loss. Divided by ``metrics["loss"].weight`` they
-            are those of its mean.
-        batch_stats: Statistics, averaged over micro-batches.
+        gradients: Gradients of the loss's total; divided by ``metrics["loss"].weight``, they are
+            the gradients of its mean.
+        batch_stats: Running statistics, averaged over micro-batches or carried through them.
         metrics: ``Mean`` of each metric and of the loss.
     """
 
@@ -38,21 +38,23 @@ class Evaluated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MicroBatches:
-    """How a batch is cut into micro-batches, and what becomes of their running statistics.
+    """The division of a batch into micro-batches, and the rule for their running statistics.
 
     Attributes:
-        count: K, micro-batches per step and device; divides the device's batch.
-        loop: "scan" compiles one micro-batch and loops over it; "unroll" compiles K copies; "vmap"
-            runs all of them as one program, each still normalized by itself, in the memory of the
-            whole batch. "auto" is "scan" on TPU and GPU and "unroll" on CPU, where XLA's gradient
-            of a convolution inside a loop is many times slower.
-        batch_stats: "average" gives each micro-batch the statistics the step began with and
-            averages what they return: with ``order="normalize_first"`` the step is the same for
-            every K. "carry" hands them from one micro-batch to the next, as if each were a step:
-            Algorithm 1 of the paper taken literally. It has an order, so "vmap" cannot do it.
+        count: Number K of micro-batches per step and device; must divide the device's batch.
+        loop: How micro-batches run. "scan" compiles one micro-batch and loops over it; "unroll"
+            compiles K copies. "vmap" runs all of them as one program, each still normalized by
+            itself, in the memory of the whole batch. "auto" is "scan" on TPU and GPU. On CPU it is
+            "unroll", since XLA's gradient of a convolution inside a loop is many times slower
+            there.
+        batch_stats: How running statistics are updated. "average" gives each micro-batch the
+            statistics from the start of the step and averages the results. With
+            ``order="normalize_first"`` the step is then the same for every K. "carry" passes
+            statistics from one micro-batch to the next, as if each were a step; this is Algorithm 1
+            of the paper taken literally. "vmap" runs in no order and cannot carry.
 
     Raises:
-        ValueError: for a count below one, an unknown option, or "vmap" with "carry".
+        ValueError: For a count below one, an unknown option, or "vmap" with "carry".
 
     Example:
         >>> from wsbcn_flax.training import MicroBatches
@@ -84,12 +86,12 @@ class MicroBatches:
 def split_batch(batch: Batch, count: int) -> Batch:
     """Reshapes every array [B, ...] of the batch to [B / count, count, ...].
 
-    Micro-batch k is ``array[:, k]``, every count-th sample: a batch sharded over devices is then
+    Micro-batch k is ``array[:, k]``, every count-th sample, so that a batch sharded over devices is
     split without moving data between them.
 
     Raises:
-        ValueError: if the batch is empty, its arrays disagree in length, or count does not divide
-            it.
+        ValueError: If the batch is empty, its arrays differ in length, or ``count`` does not divide
+            that length.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,10 +125,10 @@ def evaluate_micro_batches(
     micro_batches: MicroBatches,
     rng: jax.Array,
 ) -> Evaluated:
-    """Gradients, new batch_stats and metrics of the batch."""
+    """Computes the gradients, new batch_stats and metrics of the batch."""
     count = micro_batches.count
     if count == 1:
-        split_batch(batch, 1)  # The checks.
+        split_batch(batch, 1)  # Only for its checks.
         return _evaluate(loss_fn, params, batch_stats, batch, rng)
     batches, rngs = split_batch(batch, count), jax.random.split(rng, count)
     if micro_batches.loop == "vmap":
@@ -137,15 +139,15 @@ def evaluate_micro_batches(
 def _evaluate(loss_fn: ScalarLossFn, params, batch_stats, batch, rng) -> Evaluated:
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
     (_, (new_batch_stats, metrics)), gradients = differentiate(params, batch_stats, batch, rng=rng)
-    # Half precision would lose small micro-batches' gradients in the sum of the others'.
+    # In half precision, the sum over micro-batches would lose the gradients of small ones.
     gradients = jax.tree.map(lambda g: g.astype(statistics_dtype(g.dtype)), gradients)
     return Evaluated(gradients, new_batch_stats, metrics)
 
 
 def _batched(loss_fn: ScalarLossFn) -> Callable:
-    """The mean of the loss over micro-batches [B, K, ...], as one program over all of them.
+    """Makes the mean loss over micro-batches [B, K, ...], as one program over all of them.
 
-    The gradient is taken of the mean, so that there is one gradient and not K of them.
+    Differentiating the mean gives one gradient instead of K.
     """
 
     def batched_loss_fn(params, batch_stats, batches, *, rng):
@@ -161,8 +163,8 @@ def _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches
 
     def body(carry, inputs):
         total, stats = carry
-        # Else XLA for TPU (libtpu 0.0.42) gives the images the layout of the whole batch: padding
-        # them for the first convolution of ResNet-50 was 0.9 of 6.3 ms.
+        # Without this, XLA for TPU (libtpu 0.0.42) gives the images the layout of the whole batch.
+        # Padding them for the first convolution of ResNet-50 then took 0.9 of 6.3 ms.
         inputs = lax.optimization_barrier(inputs)
         out = _evaluate(loss_fn, params, stats, *inputs)
         total = jax.tree.map(jnp.add, total, pack_vectors(out)[0])

@@ -15,31 +15,31 @@ Schedule = Literal["constant", "step", "cosine"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """SGD with momentum or AdamW, and the schedule of the learning rate.
+    """The optimizer, SGD with momentum or AdamW, and the schedule of its learning rate.
 
-    SGD is PyTorch's, as the authors train: the learning rate multiplies the momentum buffer, and
-    weight decay is added to the gradient. AdamW adds it to the update.
+    SGD follows PyTorch, with which the authors train: the learning rate multiplies the momentum
+    buffer, and weight decay is added to the gradient. AdamW adds weight decay to the update.
 
     Attributes:
         kind: Optimizer, "sgd" or "adamw".
-        learning_rate: Learning rate at its peak.
+        learning_rate: Peak learning rate.
         momentum: Momentum of SGD, and beta 1 of AdamW, from 0 to below 1.
-        nesterov: Whether SGD's momentum is Nesterov's.
+        nesterov: Whether SGD uses Nesterov momentum.
         weight_decay: Weight decay of kernels.
-        decays_everything: whether scales and biases decay too, as they do in PyTorch's SGD.
-        decays_biases: whether biases are part of everything; detectors leave them out.
-        bias_factor: Factor of the learning rate of biases; detectors take 2.
-        frozen: Shell patterns of the paths of parameters that stay as they are, decay included,
-            such as "backbone/stem_*".
-        schedule: after warm-up: "constant", "step" (times ``decay`` at each milestone) or "cosine"
-            (to zero at the end of training).
-        warmup_epochs: epochs of linear growth.
-        warmup_start: Fraction of the learning rate that it grows from; detectors take 1/3.
-        milestones: epochs at which "step" decays, counted from the start of training.
-        decay: factor of each "step".
+        decays_everything: Whether scales and biases decay too, as they do in PyTorch's SGD.
+        decays_biases: Whether ``decays_everything`` includes biases; for detectors it does not.
+        bias_factor: Factor on the learning rate of biases; 2 for detectors.
+        frozen: Shell patterns of the paths of parameters that stay unchanged, without decay, such
+            as "backbone/stem_*".
+        schedule: Schedule after warm-up: "constant", "step" (times ``decay`` at each milestone) or
+            "cosine" (to zero at the end of training).
+        warmup_epochs: Number of epochs in which the learning rate grows linearly.
+        warmup_start: Fraction of the learning rate at which warm-up starts; 1/3 for detectors.
+        milestones: Epochs at which "step" decays, counted from the start of training.
+        decay: Factor of each "step".
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: For a value outside its range.
 
     Example:
         >>> from wsbcn_flax.training import OptimizerConfig
@@ -92,10 +92,10 @@ class OptimizerConfig:
             )
 
     def make_schedule(self, *, steps_per_epoch: int, epochs: float) -> optax.Schedule:
-        """The learning rate as a function of the step.
+        """Makes the learning rate as a function of the step.
 
         Raises:
-            ValueError: if warm-up does not end before training does.
+            ValueError: If warm-up does not end before training does.
         """
         warmup, total = (round(e * steps_per_epoch) for e in (self.warmup_epochs, epochs))
         if total <= warmup:
@@ -119,10 +119,10 @@ class OptimizerConfig:
         return optax.join_schedules([ramp, main], [warmup]) if warmup else main
 
     def make(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """The optimizer that follows ``schedule``.
+        """Makes the optimizer that follows ``schedule``.
 
-        It raises a ValueError, when it first sees the parameters, for a pattern of ``frozen`` that
-        matches none.
+        The optimizer raises a ValueError at its initialization if a pattern of ``frozen`` matches
+        no parameter.
         """
         mask = self._decay_mask
         if self.kind == "adamw":
@@ -145,7 +145,7 @@ class OptimizerConfig:
         return _map_paths(self._decays, params)
 
     def _decays(self, path: str) -> bool:
-        """Whether a parameter decays where everything does; constants of "aws" are no weights."""
+        """Whether ``decays_everything`` includes a parameter; constants of "aws" are excluded."""
         name = path.rpartition("/")[2]
         return not name.startswith("constant_") and (
             self.decays_biases or not name.endswith("bias")
@@ -165,7 +165,7 @@ class OptimizerConfig:
 
 
 def kernel_mask(params: Any) -> Any:
-    """True at the leaves named ``kernel``, which weight decay applies to.
+    """Returns a tree, True at the leaves named ``kernel``, to which weight decay applies.
 
     Example:
         >>> from wsbcn_flax.training import kernel_mask
@@ -176,12 +176,12 @@ def kernel_mask(params: Any) -> Any:
 
 
 def _bias_mask(params: Any) -> Any:
-    """True at biases, those of batch-channel normalization included."""
+    """Returns a tree that is True at biases, including those of batch-channel normalization."""
     return _map_paths(lambda path: path.endswith("bias"), params)
 
 
 def _map_paths(function: Callable[[str], Any], params: Any) -> Any:
-    """A tree of the function's values at paths such as "conv/kernel"."""
+    """Returns a tree of the function's values at paths such as "conv/kernel"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: function("/".join(str(getattr(key, "key", key)) for key in path)),
         params,

@@ -1,4 +1,4 @@
-"""Running a pure step on many devices, by jit over global arrays, shard_map or pmap."""
+"""Partition: runs a pure step on many devices by jit over global arrays, shard_map or pmap."""
 
 import dataclasses
 import functools
@@ -26,14 +26,15 @@ class Partition:
 
     Attributes:
         mode: How devices are used. "shard_map" runs the step on each device's share of the batch
-            with ``axis_name``. "pmap" does the same by ``jax.pmap``, which JAX keeps for old code:
-            it does not donate and reshapes every batch. "jit" runs it on global arrays, and XLA
-            inserts the collectives; batch statistics are then those of the whole micro-batch.
-        devices: Devices to use; defaults to all that JAX knows, other processes' included.
+            with ``axis_name``. "pmap" does the same with ``jax.pmap``, which JAX keeps for old
+            code; it donates nothing and reshapes every batch. "jit" runs the step on global arrays,
+            and XLA inserts the collectives; batch statistics are then those of the whole
+            micro-batch.
+        devices: Devices to use; defaults to all that JAX knows, including other processes'.
         shard_optimizer: Whether each device keeps and updates only its share of the optimizer's
-            state, as ZeRO's first stage does. Arrays of which a dimension is a multiple of the
-            number of devices are split along the longest such. The step stays the same; the
-            updated parameters are gathered once more. For "jit" only.
+            state, as ZeRO's first stage does. An array is split along its longest dimension that
+            the number of devices divides, if there is one. The step stays the same; the updated
+            parameters are gathered once more. For "jit" only.
         compiler_options: Options of XLA, as ``jax.jit`` takes them. On CPU,
             ``{"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}`` runs one operation
             at a time, in the order that holds the least memory. Not for "pmap".
@@ -67,8 +68,8 @@ class Partition:
             raise ValueError(f"mode must be one of {get_args(Mode)}, received {self.mode!r}.")
         if self.shard_optimizer and self.mode != "jit":
             raise ValueError(
-                "shard_optimizer leaves the collectives to XLA, which only global arrays do: it "
-                f'needs mode="jit", received {self.mode!r}.'
+                'shard_optimizer needs mode="jit", in which XLA inserts the collectives, received '
+                f"{self.mode!r}."
             )
         if self.compiler_options and self.mode == "pmap":
             raise ValueError(
@@ -89,16 +90,15 @@ class Partition:
     def compile(self, step: Callable[[Any, Any], Any], *, donate_state: bool = True) -> Callable:
         """Compiles ``step(state, batch)``, whose outputs must be the same on every device.
 
-        The callable it returns takes what ``place_state`` and ``place_batch`` return, or arrays
-        that are committed to no device, such as NumPy's. It raises a ValueError for a batch that
-        the devices do not divide, a batch committed to devices in another way, and a state that
-        was donated before. Except with "pmap", it has the ``lower``, ``trace`` and ``eval_shape``
-        of ``jax.jit``.
+        The result takes what ``place_state`` and ``place_batch`` return, or arrays that are
+        committed to no device, such as NumPy's. It raises a ValueError for a batch that the devices
+        do not divide or that is split over devices differently, and for a donated state. Except
+        with "pmap", it has ``lower``, ``trace`` and ``eval_shape`` like ``jax.jit``.
 
         Args:
-            step: a training or evaluation step made with this partition's ``axis_name``.
-            donate_state: reuses the memory of the state given to it (not with "pmap"); False for
-                steps that do not return a new one.
+            step: Training or evaluation step made with this partition's ``axis_name``.
+            donate_state: Whether the step reuses the memory of the state it receives (never with
+                "pmap"). Use False for steps that return no new state.
         """
         compiled = self._compiled(step, donate_state=donate_state)
 
@@ -126,7 +126,7 @@ class Partition:
             )
             return lambda state, batch: mapped(state, jax.tree.map(self._stack, batch))
         if self.mode == "shard_map":
-            # Unchecked: checking would sum gradients where they arise, one all-reduce for each.
+            # With check_vma, gradients are summed where they arise, in an all-reduce for each.
             step = jax.shard_map(
                 step,
                 mesh=self.mesh,
@@ -138,7 +138,7 @@ class Partition:
             step = self._within_mesh(step)
         state, batch = self._sharding(P()), self._sharding(P(AXIS_NAME))
         if self.shard_optimizer:
-            # Each array has a sharding of its own, which the constraints give it.
+            # Arrays have shardings of their own, which `_constrained` gives them.
             state, step = None, self._constrained(step)
         return jax.jit(
             step,
@@ -149,13 +149,13 @@ class Partition:
         )
 
     def place_state(self, state: Any) -> Any:
-        """Copies the state to every device; steps may donate the copy, the original stays."""
-        # device_put reuses the buffer of the device the array is on, may_alias=False or not.
+        """Copies the state to every device; steps may donate the copy, the original stays valid."""
+        # device_put reuses an array's buffer on its own device, even with may_alias=False.
         return jax.tree.map(place, jax.tree.map(jnp.copy, state), self.state_shardings(state))
 
     def state_shardings(self, state: Any) -> Any:
-        """The sharding of every array of a state, or of a pytree that holds one."""
-        # Under pmap each process has its own copy and not a share of a global array.
+        """Returns the sharding of every array of a state, or of a pytree that holds one."""
+        # Under pmap each process has its own copy instead of a share of a global array.
         mesh = self.mesh.local_mesh if self.mode == "pmap" else self.mesh
         replicated = NamedSharding(mesh, P())
 
@@ -168,16 +168,16 @@ class Partition:
         return jax.tree.map(shardings, state, is_leaf=lambda x: isinstance(x, TrainState))
 
     def place_batch(self, batch: Any) -> Any:
-        """Splits arrays [B, ...] of this process's part of the batch over its devices.
+        """Splits this process's part of the batch, arrays [B, ...], over its devices.
 
         Raises:
-            ValueError: if the number of devices does not divide B, or a leaf has no axis B.
+            ValueError: If the number of devices does not divide B, or a leaf has no axis B.
         """
         _check_divisible(batch, self.mesh.local_mesh.size)
         return jax.make_array_from_process_local_data(self._sharding(P(AXIS_NAME)), batch)
 
     def _check_split(self, batch: Any) -> None:
-        """Arrays that are committed to devices must be split as ``place_batch`` splits them."""
+        """Checks that arrays committed to devices are split as ``place_batch`` splits them."""
         for path, array in jax.tree.leaves_with_path(batch):
             if not _is_concrete(array) or not array.committed:
                 continue
@@ -190,7 +190,7 @@ class Partition:
                 )
 
     def _within_mesh(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """Lets operations know, while they are traced, how many devices share their arrays."""
+        """Tells operations, while they are traced, how many devices share their arrays."""
 
         @functools.wraps(step)
         def within_mesh(state, batch):
@@ -206,7 +206,7 @@ class Partition:
         return lambda state, batch: constrain(step(constrain(state), batch))
 
     def _share(self, array: jax.Array) -> NamedSharding:
-        """Splits an array along its longest dimension that the devices divide, if there is one."""
+        """Returns the sharding along the longest dimension that the devices divide, if any."""
         divisible = [size if size % self.mesh.size == 0 else 0 for size in array.shape]
         if not any(divisible):
             return self._sharding(P())
@@ -222,7 +222,7 @@ class Partition:
 
 
 def _check_divisible(batch: Any, devices: int) -> None:
-    """Every array of a batch must have a leading axis that the devices divide."""
+    """Checks that every array of a batch has a leading axis that the devices divide."""
     for path, array in jax.tree.leaves_with_path(batch):
         shape = np.shape(array)
         if not shape:
@@ -239,8 +239,8 @@ def _check_divisible(batch: Any, devices: int) -> None:
 
 
 def _check_alive(state: Any) -> None:
-    """A donated state is refused, which XLA may answer by ending the process."""
-    # A step donates all arrays of a state at once: one that every step uses tells.
+    """Raises ValueError for a donated state; XLA might end the process instead."""
+    # A step donates all arrays of a state at once, so one that every step uses is enough.
     arrays = [state.step] if isinstance(state, TrainState) else jax.tree.leaves(state)
     if any(_is_concrete(array) and array.is_deleted() for array in arrays):
         raise ValueError(

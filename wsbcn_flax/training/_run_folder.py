@@ -1,4 +1,4 @@
-"""The recipe of the run that a folder holds."""
+"""The file ``recipe.json``, which ties a folder to the recipe of its run."""
 
 import json
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from wsbcn_flax.training.writers import read_json, write_json
 
 
 def claim_folder(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Writes ``recipe.json``, or checks that the run in the folder is of the same recipe.
+    """Writes ``recipe.json``, or checks that the run in the folder has the same recipe.
 
-    A recipe with neither a checkpoint nor a record of metrics beside it is replaced: its run failed
-    before the first step.
+    If the folder has neither a checkpoint nor a record of metrics, its run ended before it kept
+    anything, and its recipe is replaced.
 
     Raises:
         ValueError: If the folder holds a run of another recipe, or the file is damaged.
     """
     path = folder / "recipe.json"
-    wanted = json.loads(json.dumps(recipe))  # As the file gives it back: tuples become lists.
+    wanted = json.loads(json.dumps(recipe))  # As read from the file, with tuples as lists.
     if not path.exists() or not _holds_a_run(folder):
         write_json(path, wanted)
         return
@@ -40,7 +40,7 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values under names such as ``optim.learning_rate``."""
+    """Flattens nested values under names such as ``optim.learning_rate``."""
     flat = {}
     for name, value in values.items():
         is_group = isinstance(value, dict) and value

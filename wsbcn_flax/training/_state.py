@@ -1,4 +1,4 @@
-"""Everything a training run carries from step to step."""
+"""The state that a training run carries from step to step."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from wsbcn_flax.tasks import Batch, Task
 
 @struct.dataclass
 class TrainState:
-    """The explicit state of a run: a pytree, replaced by each step and never mutated.
+    """The explicit state of a run: a pytree that each step replaces and nothing mutates.
 
     Attributes:
         step: Number of optimizer steps taken, [] int32.
-        params: Parameters of the model, raw where a transform standardizes them.
+        params: Parameters of the model, before any transform standardizes them.
         batch_stats: Running statistics; empty for a model that has none.
         opt_state: State of the optimizer.
         loss_scale: Flax's dynamic scale for float16; None for no scaling.
@@ -51,7 +51,7 @@ class TrainState:
             (0, {})
         """
         params = variables["params"]
-        if loss_scale is not None:  # Its numbers are Python's, whose dtypes would change later.
+        if loss_scale is not None:  # Its numbers are Python's, so a step would change their dtypes.
             loss_scale = loss_scale.replace(
                 fin_steps=jnp.asarray(loss_scale.fin_steps, jnp.int32),
                 scale=jnp.asarray(loss_scale.scale, jnp.float32),
@@ -83,10 +83,11 @@ def init_state(
         optimizer: Any optax transformation.
         key: Key of the initialization.
         batch: A batch of the shapes to train on; its values do not matter.
-        transform: Transform of the parameters in training; where it learns gains, such as
-            ``WeightStandardization("nfnet")``, they are added.
+        transform: Transform of the parameters in training. If it learns gains, as
+            ``WeightStandardization("nfnet")`` does, they are added to the parameters.
         loss_scale: Flax's dynamic scale for float16; None for no scaling.
-        trained: Variables that take the place of those of the same paths, such as a backbone's.
+        trained: Variables that replace the initial ones of the same paths, such as those of a
+            pretrained backbone.
 
     Raises:
         ValueError: For trained variables that the task does not have, or of another shape.
@@ -102,7 +103,7 @@ def init_state(
 
 
 def _replaced(variables: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``variables`` with those that ``trained`` has."""
+    """Returns ``variables`` with the values of ``trained`` where it has them."""
     leaves: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
     new: dict[str, Any] = traverse_util.flatten_dict(trained, sep="/")
     shapes = {name: getattr(leaves.get(name), "shape", "none") for name in new}

@@ -1,4 +1,4 @@
-"""The arrays of a state: their names, their checksums and their places on devices."""
+"""The arrays of a state: their names, checksums and placement on devices."""
 
 import zlib
 from typing import Any
@@ -11,9 +11,9 @@ from wsbcn_flax.training.processes import place
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The arrays, or the shapes of a template, by their paths; anything else is refused.
+    """Returns arrays, or shapes of a template, by their paths; raises TypeError for other leaves.
 
-    NumPy's are refused where JAX has no array that holds the same bits.
+    It also raises TypeError for a NumPy array of a dtype that JAX cannot hold.
     """
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -36,17 +36,17 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def fingerprint(array: np.ndarray) -> list[Any]:
-    """An array's dtype, shape and checksum, as JSON keeps them."""
+    """Returns an array's dtype, shape and checksum as JSON values."""
     data = np.asarray(array).reshape(-1).view(np.uint8).data
     return [array.dtype.name, list(array.shape), zlib.crc32(data)]
 
 
 def place_like(array: np.ndarray, like: Any) -> jax.Array:
-    """The array, where ``like`` is: an array or a `jax.ShapeDtypeStruct`.
+    """Places the array where ``like`` is, an array or a `jax.ShapeDtypeStruct`.
 
-    For one of NumPy's, and for a shape without a sharding, that is the default device.
+    For a NumPy array, and for a shape without a sharding, that is the default device.
     """
-    # Uncommitted arrays must stay free to join arrays on other devices under jit.
+    # Uncommitted arrays must stay uncommitted, so that jit may move them to other devices.
     committed = getattr(like, "committed", True)
     sharding = getattr(like, "sharding", None) if committed else None
     placed = jax.device_put(array) if sharding is None else place(array, sharding)

@@ -26,7 +26,7 @@ from wsbcn_flax.transforms import WeightStandardization
 
 _ONE = MicroBatches()
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-"""A step of training, as ``make_train_step`` returns it."""
+"""A training step, as returned by ``make_train_step``."""
 
 
 def make_train_step(
@@ -42,15 +42,15 @@ def make_train_step(
 ) -> TrainStep:
     """Makes a step that accumulates micro-batches, reduces once, and updates once.
 
-    The step applies ``transform`` to the parameters once, accumulates gradients with respect to the
-    transformed parameters over all micro-batches, adds gradients, batch_stats and metrics up over
-    devices in one all-reduce, and pulls the gradient back through the transform once.
+    The step applies ``transform`` to the parameters once. It accumulates gradients with respect to
+    the transformed parameters over all micro-batches. It adds up gradients, batch_stats and metrics
+    over devices in one all-reduce, and pulls the gradient back through the transform once.
 
-    Losses and metrics may be ``Mean``s: totals and weights are then added up and divided once, so
-    that the step is the whole batch's even if the weights of its parts differ.
+    Losses and metrics may be ``Mean``s, whose totals and weights are added up and divided once. The
+    step then equals that of the whole batch even if the weights of its parts differ.
 
-    Where the state has a ``loss_scale``, gradients are computed of the scaled loss. A step whose
-    gradients are not finite is skipped, but for its number, and the scale adapts.
+    If the state has a ``loss_scale``, the scaled loss is differentiated. A step whose gradients are
+    not finite is skipped, except that its number counts, and the scale adapts.
 
     Args:
         task: Task to train, or a loss function ``(params, batch_stats, batch, *, rng) -> (loss,
@@ -60,27 +60,27 @@ def make_train_step(
             identity.
         kernel_dtype: Dtype the model's convolutions compute in, if narrower than the parameters.
             Leaves named ``kernel`` of rank 3 or more are then rounded to it once a step, after
-            ``transform``, and not in each use of them; their gradients accumulate in float32. The
-            numbers are the same, with less memory to move. None leaves rounding to the layers.
+            ``transform``, instead of at each use; their gradients accumulate in float32. The
+            results are the same, and less memory is moved. None leaves rounding to the layers.
         micro_batches: Number of micro-batches, and how they run.
         axis_name: Device axis under ``pmap`` or ``shard_map``; None under ``jit``.
-        reduce_dtype: Dtype in which gradients of rank 2 and more are added up over devices, such
-            as bfloat16: half the bytes to send, in a second all-reduce beside that of the rest.
-            Each of them is then rounded, and the step depends on the number of devices by as much.
-            None adds them up in their own dtype. Needs ``axis_name``.
+        reduce_dtype: Dtype in which gradients of rank 2 and more are added up over devices; None
+            keeps their own dtype. bfloat16 halves the bytes to send, in a second all-reduce beside
+            that of the other arrays. It rounds each device's gradient, so the step depends on the
+            number of devices to that accuracy. Needs ``axis_name``.
         seed: Seed of the random numbers (dropout) that the loss receives, distinct for each step,
             device and micro-batch.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``, to wrap in ``Partition.compile`` or ``jax.jit``.
-        The metrics are those of the loss function, with ``loss`` and ``grad_norm``. Where the loss
-        is scaled there are also ``loss_scale`` and ``skipped``, 1 for a step that was.
+        The metrics are those of the loss function, with ``loss`` and ``grad_norm``. If the loss is
+        scaled, they include ``loss_scale`` and ``skipped``, which is 1 for a skipped step.
 
     Raises:
         ValueError: For ``reduce_dtype`` without ``axis_name``. When traced, for an empty batch or
             one that the micro-batches do not divide.
-        AssertionError: When traced, if the update changes a shape or dtype of the state, which
-            would compile every second step anew.
+        AssertionError: When traced, if the update changes a shape or dtype of the state, since the
+            next step would then compile again.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -114,7 +114,7 @@ def make_train_step(
         params = transformed
         if kernel_dtype is not None:
             if isinstance(transform, WeightStandardization):
-                # Not `transformed` rounded: a kernel for TPU writes its output in one dtype.
+                # Not `transformed`, rounded: the TPU kernel writes its output in a single dtype.
                 params = dataclasses.replace(transform, dtype=kernel_dtype)(state.params)
             params = _round(params, kernel_dtype)
         loss = _in_means(_loss_fn(task, state))
@@ -166,11 +166,11 @@ def make_train_step(
 def _mean_gradients(
     totals: Any, weight: jax.Array, pull_back: Callable[[Any], tuple[Any]], *, like: Any
 ) -> Any:
-    """Pulls the gradients of a mean back, given those of its total in float32 or wider.
+    """Pulls back the gradients of a mean, given the gradients of its total in float32 or wider.
 
-    The pull-back is linear, and so they are divided after it, in one pass with the update: a
-    kernel for TPU reads arrays that are written out, as those of the all-reduce are, and divided
-    first they would be written once more. Parameters in half precision might overflow.
+    The pull-back is linear, so the division follows it, fused with the update. A division before it
+    would write the gradients to memory once more, since the TPU kernel of the pull-back reads
+    arrays from memory. Half-precision gradients are divided first, since totals might overflow.
     """
 
     def divide(gradients: Any, like: Any) -> Any:
@@ -184,12 +184,12 @@ def _mean_gradients(
 
 
 def _loss_fn(task: Any, state: TrainState) -> LossFn:
-    """The loss as a function of what a micro-batch changes."""
+    """Returns the loss function, with the task's ``extra`` bound."""
     return functools.partial(task.loss, extra=state.extra) if hasattr(task, "loss") else task
 
 
 def _in_means(loss_fn: LossFn) -> ScalarLossFn:
-    """The total of the loss, with the loss and all metrics as ``Mean``s, of weight 1 if plain."""
+    """Makes a loss return its total, and loss and metrics as ``Mean``s (of weight 1 if plain)."""
 
     def total_loss_fn(params, batch_stats, batch, *, rng):
         loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
@@ -203,7 +203,7 @@ def _in_means(loss_fn: LossFn) -> ScalarLossFn:
 
 
 def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:
-    """The loss function, whose batch_stats are sums to average and then to ``advance`` by."""
+    """Makes a loss return sums in batch_stats, to average and then to pass to ``advance``."""
 
     def adding_loss_fn(params, batch_stats, batch, *, rng):
         given = collecting(batch_stats)
@@ -214,19 +214,19 @@ def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:
 
 
 def _narrow(gradient: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A gradient as devices add it up; vectors travel with statistics and metrics."""
+    """Rounds a gradient to ``dtype``, except vectors, which travel with statistics and metrics."""
     return gradient.astype(dtype) if gradient.ndim > 1 else gradient
 
 
 def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """The parameters with convolution kernels in ``dtype``, computed once and written down."""
+    """Rounds convolution kernels to ``dtype``, once, and writes them to memory."""
 
     def rounded(path, array):
         is_kernel = getattr(path[-1], "key", None) == "kernel" and array.ndim > 2
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         if not is_kernel or not floating or jnp.finfo(array.dtype).bits <= jnp.finfo(dtype).bits:
             return array
-        # Else XLA repeats what made the kernel, in its own dtype, in each use of it.
+        # Without this, XLA repeats the kernel's computation, in its own dtype, at each use.
         return lax.optimization_barrier(array.astype(dtype))
 
     return jax.tree_util.tree_map_with_path(rounded, params)

@@ -1,4 +1,4 @@
-"""Trees of arrays that are added up: over devices, in one all-reduce, and over micro-batches."""
+"""Sums of trees of arrays: over devices, in one all-reduce, and over micro-batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from jax import flatten_util, lax
 def pack_vectors(tree: Any) -> tuple[tuple[list[jax.Array], jax.Array], Callable[..., Any]]:
     """Returns the arrays of rank 2 and more, all others as one vector, and the inverse function.
 
-    A deep network has hundreds of scales, biases and statistics. To add each up by itself takes an
-    operation for each, and XLA combines some hundred arrays at most into one all-reduce.
+    A deep network has hundreds of scales, biases and statistics. Adding them up separately takes an
+    operation for each, and XLA combines at most about a hundred arrays into one all-reduce.
     """
     leaves, structure = jax.tree.flatten(tree)
     large = [leaf for leaf in leaves if leaf.ndim > 1]

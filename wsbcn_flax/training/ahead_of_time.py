@@ -1,4 +1,4 @@
-"""Compiled steps: what they need of a device, found without running them or having the device."""
+"""Costs of compiled steps on a device, found without running them and without the device."""
 
 import collections
 import contextlib
@@ -29,12 +29,12 @@ _COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-# An operation, or the first half of an asynchronous one, but not its second half.
+# Matches an operation or the first half of an asynchronous one, but not its second half.
 _COLLECTIVE = re.compile(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
 
 
 class Chip(NamedTuple):
-    """Speed of a generation of TPU chips: cycles and bytes of memory in a second."""
+    """The speed of a generation of TPU chips: clock cycles and memory bytes per second."""
 
     clock: float
     bandwidth: float
@@ -44,7 +44,7 @@ CHIPS = {"v5e": Chip(clock=1.5e9, bandwidth=819e9)}
 
 
 class Compiled(NamedTuple):
-    """Figures of a compiled step; all but ``chips`` are for each chip.
+    """The costs of a compiled step; all but ``chips`` and ``compile_seconds`` are for each chip.
 
     Attributes:
         chips: Number of devices.
@@ -52,24 +52,24 @@ class Compiled(NamedTuple):
             operands and results of all kernels, without the workspaces of libraries.
         argument_bytes: Bytes of the state and the batch.
         temp_bytes: Bytes of temporaries.
-        peak_bytes: Most bytes in use at once, arguments included; the compiler for CPU leaves the
-            temporaries out.
-        total_bytes: Bytes of arguments, outputs that take no argument's place, temporaries and
-            program.
+        peak_bytes: Most bytes in use at once, including arguments; on CPU the compiler leaves out
+            temporaries.
+        total_bytes: Bytes of arguments, temporaries, program, and outputs that do not take the
+            place of an argument.
         estimated_ms: Milliseconds of a step by the compiler's own estimate, a sum over operations;
-            None where the compiler gives none. Collectives and branches have no estimate. A custom
-            call, such as a Pallas kernel, counts as 3,000 cycles, or as the time that its bytes
-            take to move if that is longer.
+            None without estimates. Collectives and branches have none. A custom call, such as a
+            Pallas kernel, counts as 3,000 cycles or the time to move its bytes, whichever is
+            longer.
         operations: Number of operations with an estimate.
-        small_operations: Number of those below 3,000 cycles.
-        small_ms: Milliseconds of those below 3,000 cycles.
+        small_operations: Number of operations below 3,000 cycles.
+        small_ms: Milliseconds of operations below 3,000 cycles.
         custom_calls: Number of custom calls among the operations.
         fusions: Number of kernels that XLA makes for a GPU; None elsewhere.
-        library_calls: Number of calls of a GPU's libraries; None elsewhere.
+        library_calls: Number of calls to a GPU's libraries; None elsewhere.
         all_reduces: Number of all-reduces in the program.
         collectives: Number of collectives of every kind.
         compile_seconds: Seconds that compiling took on this machine.
-        profile: Groups of operations by module, costliest first.
+        profile: Groups of operations by module, the costliest first.
     """
 
     chips: int
@@ -99,7 +99,7 @@ def compile_lowered(
     Args:
         lowered: Lowered step.
         chips: Number of devices.
-        trips: Number of times that loops run, as those over micro-batches do.
+        trips: Number of iterations of loops, such as the loop over micro-batches.
         chip: Speed of a device, for estimates; None for no estimates.
     """
     started = time.monotonic()
@@ -131,7 +131,7 @@ def compile_lowered(
 
 
 def _estimate(operations: Sequence[Operation], chip: Chip | None) -> dict[str, Any]:
-    """The fields of ``Compiled`` that are sums over operations."""
+    """Computes the fields of ``Compiled`` that are sums over operations."""
     names = ("estimated_ms", "operations", "small_operations", "small_ms", "custom_calls")
     if chip is None or not operations:
         return dict.fromkeys(names)
@@ -162,20 +162,20 @@ def count_collectives(hlo: str) -> dict[str, int]:
 
 
 def tpu_devices(topology: str) -> Sequence[Any]:
-    """Returns the devices of a TPU topology such as "v5e:16x16", none of which need be here.
+    """Returns the devices of a TPU topology such as "v5e:16x16", which may be absent.
 
     Raises:
         ImportError: Without libtpu, or with another version than this jax was made for.
         ValueError: For a topology that libtpu does not know.
     """
     _check_libtpu()
-    # It would look for the machine it runs on, and for another process that holds it.
+    # Otherwise libtpu looks for the machine it runs on, and for another process that holds libtpu.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # Whatever libtpu raises.
+    except Exception as error:  # Catches whatever libtpu raises.
         raise ValueError(
             f"topology must be one that libtpu knows, such as v5e:2x4, v5e:16x16, v4:4x4x4 or "
             f"v5p:4x4x4, received {topology!r} ({str(error).splitlines()[0]:.200})."
@@ -183,10 +183,10 @@ def tpu_devices(topology: str) -> Sequence[Any]:
 
 
 def gpu_devices(target: str, count: int = 8) -> Sequence[Any]:
-    """Returns GPUs of a kind such as "h100", none of which need be here.
+    """Returns GPUs of a kind such as "h100", which may be absent.
 
     Raises:
-        ImportError: Without the plugin of jax for CUDA.
+        ImportError: Without jax's plugin for CUDA.
         ValueError: For an unknown kind.
     """
     folder = importlib.resources.files("wsbcn_flax.training").joinpath("gpu_targets")
@@ -201,7 +201,7 @@ def gpu_devices(target: str, count: int = 8) -> Sequence[Any]:
     from jax.experimental import topologies
 
     config = folder.joinpath(f"{target}.txtpb").read_text()
-    # Slices, hosts, devices.
+    # The topology is slices x hosts x devices.
     return topologies.get_topology_desc(
         platform="cuda", topology=f"1x1x{count}", target_config=config
     ).devices
@@ -235,9 +235,10 @@ class Fit(NamedTuple):
 def device_bytes(compiled: Any) -> int:
     """Returns the bytes that a program needs on each device: arguments, outputs, temporaries, code.
 
+    An output that takes the place of a donated argument counts once.
+
     Args:
-        compiled: Result of ``jax.jit(step).lower(*arguments).compile()``. An output that takes a
-            donated argument's place counts once.
+        compiled: Result of ``jax.jit(step).lower(*arguments).compile()``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -262,16 +263,16 @@ def largest_that_fits(
 ) -> Fit:
     """Finds the largest size that needs no more than ``limit`` bytes, by bisection.
 
-    The largest of all is tried first: a batch that is one micro-batch needs no sum of gradients,
-    and so may need less than one of two.
+    The largest size is tried first. If it makes the batch a single micro-batch, no gradients are
+    summed, so it may need fewer bytes than half the size.
 
     Args:
         sizes: Sizes, such as the micro-batches that divide a batch.
-        bytes_needed: Maps a size to bytes; must not decrease with the size.
+        bytes_needed: Maps a size to bytes; must not decrease with the size, except for the largest.
         limit: Number of bytes of a device.
 
     Raises:
-        ValueError: If none fits, or there are none.
+        ValueError: If no size fits, or there are no sizes.
 
     Example:
         >>> from wsbcn_flax.training.ahead_of_time import largest_that_fits
@@ -280,7 +281,7 @@ def largest_that_fits(
     """
     ordered = sorted(set(sizes))
     tried: dict[int, int] = {}
-    # All below `low` fit, none from `high` on does.
+    # Sizes before index `low` fit; sizes from index `high` on do not.
     low, high = 0, len(ordered)
     middle = high - 1
     while low < high:

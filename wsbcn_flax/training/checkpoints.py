@@ -1,7 +1,8 @@
-"""Checkpoints that come back exactly as they were saved, or not at all; the one user of orbax.
+"""Checkpoints that are restored exactly as they were saved, or not at all.
 
-Orbax keeps no checksum of array data: one flipped bit on disk restores as a wrong number, without
-an error. So every leaf's CRC-32 is stored beside it and verified before anything is returned.
+Only this module uses orbax. Orbax keeps no checksum of array data: after one flipped bit on disk it
+restores a wrong number without an error. So the CRC-32 of every leaf is stored beside it and
+verified before anything is returned.
 """
 
 import contextlib
@@ -34,15 +35,15 @@ class CheckpointError(RuntimeError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint is unreadable, or its bytes are not those that were saved."""
+    """A checkpoint is unreadable, or its bytes differ from those that were saved."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A sound checkpoint holds other leaves, shapes or dtypes than the template asks for."""
+    """The leaves, shapes or dtypes of an intact checkpoint differ from those of the template."""
 
 
 class NonFiniteStateError(CheckpointError):
-    """A state with NaN or infinite values was offered for saving."""
+    """A state to be saved holds NaN or infinite values."""
 
 
 class CheckpointWarning(UserWarning):
@@ -50,7 +51,7 @@ class CheckpointWarning(UserWarning):
 
 
 class Restored(NamedTuple, Generic[StateT]):
-    """The step of a checkpoint, its state bit for bit, and the JSON values saved with it."""
+    """A restored checkpoint: its step, its state bit for bit, and the JSON values saved with it."""
 
     step: int
     state: StateT
@@ -58,24 +59,25 @@ class Restored(NamedTuple, Generic[StateT]):
 
 
 class Checkpointer:
-    """Saves and restores a training state, in one numbered subdirectory per step.
+    """A directory that saves and restores a training state, in a numbered subdirectory per step.
 
-    A save is copied to the host, then written in the background: its arrays may be donated at once.
-    A kill at any moment leaves the checkpoints committed so far intact. Restoring never changes the
-    directory, so an evaluation may read what a training run, the only writer, saves there.
+    A state is copied to the host and then written in the background, so its arrays may be donated
+    at once. A kill at any moment leaves the checkpoints committed so far intact. Restoring never
+    changes the directory. An evaluation may thus read it while a training run, the only writer,
+    saves there.
 
-    In a run of several processes all call the same methods. Process 0 alone reads and writes, and
-    what it restores is everybody's, so that all agree and only it needs to see the directory.
+    In a run of several processes all must call the same methods. Only process 0 reads and writes,
+    so only it needs access to the directory. It shares the restored state with all processes.
 
-    A state is a pytree of JAX or NumPy arrays, typed PRNG keys excluded. A template is a state, or
-    one of `jax.ShapeDtypeStruct`s; the restored state takes its shardings, wherever the saved one
-    lay. Restored leaves are JAX arrays, on the default device where the template has NumPy arrays
-    or scalars; these must therefore be of a dtype that JAX holds. Of several processes' NumPy
-    arrays, those of process 0 are saved.
+    A state is a pytree of JAX or NumPy arrays, without typed PRNG keys. A template is a state, or
+    one of `jax.ShapeDtypeStruct`s. The restored state takes the template's shardings, whatever the
+    shardings of the saved state were. Restored leaves are JAX arrays. They are on the default
+    device where the template has NumPy arrays or scalars, whose dtypes must be among those that
+    JAX holds. If several processes have NumPy arrays, those of process 0 are saved.
 
     Args:
         directory: Local directory; created at the first save.
-        max_to_keep: How many of the newest steps to keep, at least one; None keeps all.
+        max_to_keep: Number of newest steps to keep, at least one; None keeps all.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -98,7 +100,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=ocp.checkpoint_managers.LatestN(max_to_keep),
-            # Otherwise a failed save leaves threads that hold up the exit for five minutes.
+            # Otherwise a failed save leaves threads that delay the exit by five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes={0}, barrier_sync_key_prefix="checkpointer"
@@ -126,18 +128,19 @@ class Checkpointer:
         return on_first_process(self._steps)
 
     def save(self, step: int, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
-        """Starts to save a state; `wait`, `close` or leaving the `with` block ends it.
+        """Starts to save a state; `wait`, `close` or leaving the `with` block completes the save.
 
         Args:
-            step: A step larger than all in the directory.
-            state: The state, all of it finite.
+            step: Number of the step, larger than all in the directory.
+            state: State; all values must be finite.
             extra: JSON values to keep with it.
 
         Raises:
             NonFiniteStateError: If a leaf holds NaN or infinity; nothing is written.
-            CheckpointError: If outside `with`, not the newest step, or the previous save failed.
-            TypeError: If a leaf is not an array that JAX can hold, or `extra` not JSON.
-            ValueError: If `step` is negative, an array was donated to a step before, or `extra`
+            CheckpointError: If called outside `with`, if the directory has a step at least as new,
+                or if the previous save failed.
+            TypeError: If a leaf is not an array that JAX can hold, or `extra` is not JSON.
+            ValueError: If `step` is negative, an array was donated to an earlier step, or `extra`
                 would not come back from JSON unchanged.
         """
         if not self._entered:
@@ -158,26 +161,27 @@ class Checkpointer:
                 raise ValueError(f"the newest is step {newest}: resume from it, or save elsewhere")
 
     def restore_latest(self, template: StateT) -> Restored[StateT] | None:
-        """Restores the newest step that verifies; None if the directory holds no step.
+        """Restores the newest step that verifies; returns None if the directory holds no step.
 
-        Warns, with `CheckpointWarning`, of every newer step that is unreadable or does not verify.
-        The next `save` moves those into the subdirectory `corrupt`, to let training save them anew.
+        It gives a `CheckpointWarning` for every newer step that is unreadable or does not verify.
+        The next `save` moves those steps into the subdirectory `corrupt`, so that training can save
+        them again.
 
         Raises:
-            CheckpointError: If there are steps and none is usable; it lists why.
-            CheckpointMismatchError: If a sound step does not fit the template.
+            CheckpointError: If there are steps and none is usable; the message lists the reasons.
+            CheckpointMismatchError: If an intact step does not fit the template.
         """
         restored = on_first_process(lambda: self._read_latest(template))
         return None if restored is None else self._place(restored, template)
 
     def restore(self, step: int, template: StateT) -> Restored[StateT]:
-        """Restores one step, raising a `CheckpointError` if it is absent, corrupt or another's."""
+        """Restores one step; raises `CheckpointError` if it is absent, corrupt or does not fit."""
         return self._place(on_first_process(lambda: self._read_step(step, template)), template)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises `CheckpointError` if that failed.
+        """Blocks until the last save is on disk; raises `CheckpointError` if that save failed.
 
-        Like `close`, it waits on process 0 and does nothing on the others.
+        Like `close`, it waits on process 0 and does nothing on the other processes.
         """
         if self._manager is None:
             return
@@ -199,7 +203,7 @@ class Checkpointer:
         return tuple(self._manager.all_steps())
 
     def _make_way(self) -> None:
-        """Removes what killed saves left and moves the skipped steps aside."""
+        """Removes the remains of killed saves and moves the skipped steps aside."""
         self.wait()
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob(f"*{self._orbax.utils.TMP_DIR_SUFFIX}*"):
@@ -218,7 +222,7 @@ class Checkpointer:
             try:
                 return self._read(step, template)
             except CorruptCheckpointError as error:
-                # At the caller of restore_latest.
+                # The stack level is that of restore_latest's caller.
                 warnings.warn(f"skipped a checkpoint: {error}", CheckpointWarning, stacklevel=5)
                 self._skipped[step] = str(error)
         if self._skipped:
@@ -234,7 +238,7 @@ class Checkpointer:
         return self._read(step, template)
 
     def _read(self, step: int, template: Any) -> Restored[Any]:
-        """Reads to the host, so that what is verified is what is placed, under any sharding."""
+        """Reads a step to host arrays, to verify exactly what is later placed on devices."""
         wanted = named_leaves(template)
         path = self._directory / str(step)
         meta = self._load(path, meta=self._orbax.args.JsonRestore())
@@ -262,7 +266,7 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def _reraise(kind: type[CheckpointError], what: str) -> Iterator[None]:
-    """Turns whatever orbax raises, which for corrupt bytes may be anything, into our error."""
+    """Turns any exception into our error; orbax may raise any type for corrupt bytes."""
     try:
         yield
     except Exception as error:
@@ -272,19 +276,19 @@ def _reraise(kind: type[CheckpointError], what: str) -> Iterator[None]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that orbax logs of errors which it raises, and we report, too."""
+    """Whether to keep a log record: drops orbax's tracebacks of errors that we report anyway."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _kept(name: str, leaf: Any) -> Any:
-    """The leaf as it is now, whatever the caller does to it while it is being written."""
+    """Returns the leaf, protected against changes by the caller while it is written."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(f"every leaf must be an array to be saved; {name} is a ShapeDtypeStruct")
     if not isinstance(leaf, jax.Array):
         return np.array(leaf, order="C")
     if leaf.is_deleted():
         raise ValueError(f"{name} was donated to a step: save the state that the step returned")
-    # Of several processes, orbax refuses arrays that one has alone.
+    # With several processes, orbax refuses arrays that only one of them has.
     return fetch(leaf) if jax.process_count() > 1 else leaf
 
 

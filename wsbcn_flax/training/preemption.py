@@ -1,4 +1,4 @@
-"""Stopping when asked to: a run that is about to lose its machine saves and leaves."""
+"""Preemption: a run that is asked to stop saves a checkpoint and ends."""
 
 import contextlib
 import os
@@ -9,22 +9,21 @@ import jax
 
 StopRule = Callable[[int], bool]
 
-# A command's exit status after it was preempted: sysexits.h's EX_TEMPFAIL, "try again".
+# Exit status of a command that was preempted: EX_TEMPFAIL of sysexits.h, "try again".
 PREEMPTED_STATUS = 75
 
 
 class PreemptedError(Exception):
-    """Training stopped before its end because of SIGTERM or Ctrl-C."""
+    """Training stopped early because of SIGTERM or Ctrl-C."""
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRule]:
-    """Yields ``should_stop(step)``, true once SIGTERM or Ctrl-C came; ask it after every step.
+    """Yields ``should_stop(step)``, true after SIGTERM or Ctrl-C; call it after every step.
 
-    The second Ctrl-C raises ``KeyboardInterrupt`` as ever. Of several processes it is enough that
-    one receives a signal, as JAX agrees among them on the step after which all stop. A process
-    alone has its former handlers back after the block; of SIGTERM, the processes of a run keep
-    JAX's.
+    A second Ctrl-C raises ``KeyboardInterrupt`` as usual. If a run has several processes, a signal
+    to one of them is enough: JAX makes all of them stop after the same step. Former handlers return
+    after the block, except that such a run keeps JAX's handler of SIGTERM.
 
     Example:
         >>> import os, signal
@@ -36,7 +35,7 @@ def stop_on_signal() -> Iterator[StopRule]:
         False True
     """
     with contextlib.ExitStack() as stack:
-        # A program started in the background ignores Ctrl-C, and goes on ignoring it.
+        # A program started in the background ignores Ctrl-C and must continue to do so.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             _handle(stack, signal.SIGINT, _pass_on)
         if jax.distributed.is_initialized():
@@ -55,8 +54,8 @@ def _handle(stack: contextlib.ExitStack, number: int, handler: Callable[..., obj
 
 
 def _pass_on(*_: object) -> None:
-    """Makes the first Ctrl-C a SIGTERM, for which the processes of a run have one rule."""
+    """Turns the first Ctrl-C into SIGTERM, which the processes of a run handle together."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Not print, which raises where it interrupts another print.
+    # Not print, which raises if the signal interrupts another print.
     os.write(2, b"\nSaving after this step, to resume from it. Ctrl-C again stops at once.\n")
     signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One run in many processes: joining them, agreeing on what the first of them found, leaving."""
+"""Runs of several processes: joining them, sharing results of the first process, and exiting."""
 
 import os
 import pickle
@@ -21,23 +21,23 @@ def join_processes(*, cluster: bool = False, heartbeat_timeout: int = 100) -> No
     """Makes this process one of several that train together, if the environment says so.
 
     The environment variables ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0),
-    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` describe the processes; without them, and without
-    ``cluster``, this process trains alone. It must be called before JAX is asked for devices.
+    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` describe the processes. Without them, and without
+    ``cluster``, this process trains alone. Call this function before JAX is asked for devices.
 
-    A process that dies takes the others with it. Where the collective that they wait for it in does
-    not fail by itself, JAX aborts them (status 134) with "another task died", at once if it was
-    process 0 and else after ``heartbeat_timeout`` seconds. They resume together from the last
-    checkpoint. An exception that nobody catches ends this process at once.
+    If a process dies, the others end too. Either the collective in which they wait for it fails, or
+    JAX aborts them (status 134) with "another task died". JAX does so at once if process 0 died,
+    otherwise after ``heartbeat_timeout`` seconds. All resume together from the last checkpoint. An
+    uncaught exception ends this process at once.
 
     Args:
-        cluster: whether JAX should find the processes itself, as it can under SLURM, Open MPI and
+        cluster: Whether JAX should find the processes itself, as it can under SLURM, Open MPI and
             Kubernetes and on Cloud TPUs.
-        heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+        heartbeat_timeout: Seconds without a sign of life after which a process counts as dead.
 
     Raises:
-        ValueError: for variables of which some are missing or not numbers, or a ``cluster`` that
-            JAX does not find.
-        RuntimeError: if devices were asked for before, or the others cannot be reached.
+        ValueError: If some of the variables are missing or not numbers, or if ``cluster`` is set
+            and JAX finds none.
+        RuntimeError: If devices were asked for before, or the others cannot be reached.
 
     Example:
         >>> from wsbcn_flax.training.processes import join_processes
@@ -56,12 +56,12 @@ def is_first_process() -> bool:
 
 
 def on_first_process(action: Callable[[], T]) -> T:
-    """Runs ``action`` on process 0; its result, or the exception it raised, is everybody's.
+    """Runs ``action`` on process 0 and gives its result, or its exception, to all processes.
 
-    All processes must call it, in the same order among their collectives.
+    All processes must call this function, in the same order among their collectives.
 
     Args:
-        action: what to run; its result must survive ``pickle``.
+        action: Function to run; ``pickle`` must support its result.
 
     Example:
         >>> from wsbcn_flax.training.processes import on_first_process
@@ -84,9 +84,9 @@ def on_first_process(action: Callable[[], T]) -> T:
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """A copy of an array on this host, gathered from the processes that hold parts of it.
+    """Copies an array to this host, gathering it from the processes that hold parts of it.
 
-    All processes must call it.
+    All processes must call this function.
     """
     if array.is_fully_replicated or array.is_fully_addressable:
         return np.array(array)
@@ -96,18 +96,18 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 
 def place(value: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array of that sharding, from a value that every process has."""
+    """Makes an array of a given sharding from a value that every process has."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
-    # device_put would first compare the value over all processes, a collective for each array.
+    # device_put would first compare the value over all processes, in a collective for each array.
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process with an exit status, not waiting for the others if it is a failure.
+    """Ends this process with an exit status; on failure it does not wait for the other processes.
 
-    A process that failed would wait in vain for those that wait for it in a collective.
+    Those may wait for this process in a collective, so waiting for them would block forever.
     """
     if jax.distributed.is_initialized() and status not in (0, PREEMPTED_STATUS):
         sys.stdout.flush()
@@ -141,7 +141,7 @@ def _described(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _broadcast(payload: bytes) -> bytes:
-    """Process 0's bytes. As bytes, since floats would pass through a sum that loses -0.0."""
+    """Returns process 0's bytes; as floats they would pass through a sum that loses -0.0."""
     from jax.experimental import multihost_utils
 
     header = np.frombuffer(len(payload).to_bytes(8, "little"), np.uint8)
@@ -151,7 +151,7 @@ def _broadcast(payload: bytes) -> bytes:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception, or its text if it does not survive ``pickle``."""
+    """Returns the exception, or a RuntimeError with its text if ``pickle`` cannot restore it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""How far a loop is: a live bar on a terminal, a few plain lines in a log."""
+"""Progress display of a loop: a live bar on a terminal, a few plain lines in a log."""
 
 import time
 from collections.abc import Mapping
@@ -15,20 +15,21 @@ _SECONDS_BETWEEN_REFRESHES = 0.2
 
 
 class Progress:
-    """Shows the step, the time left and the latest metrics of a loop, inside a `with` block.
+    """A display of a loop's step, remaining time and latest metrics, used in a `with` block.
 
-    On a terminal this is a live bar; bars may be nested, as for an evaluation during training.
-    Elsewhere it is some twenty plain lines, without control codes. Metrics are converted only when
-    they are shown, so that `update` at every step does not make every step wait for the device.
+    On a terminal it is a live bar; bars may be nested, as for an evaluation during training.
+    Elsewhere it prints about twenty plain lines, without control codes. Metrics are converted only
+    when they are shown, so that calling `update` at every step does not wait for the device each
+    time.
 
     Args:
-        description: What the loop does.
-        total: The step at which it ends.
-        start: The step at which it starts or resumes.
+        description: Name of what the loop does.
+        total: Step at which the loop ends.
+        start: Step at which it starts or resumes.
         enabled: Whether to show anything.
-        live: Whether a thread redraws the bar between updates. Turn it off where times are taken:
-            the thread would compete with what is measured.
-        console: Where to show it; by default rich's own, on the standard output.
+        live: Whether a thread redraws the bar between updates. Turn it off while measuring times,
+            since the thread competes with the measured code.
+        console: Console to print to; defaults to rich's own, on the standard output.
 
     Example:
         >>> with Progress("evaluate", total=1) as progress:
@@ -49,7 +50,7 @@ class Progress:
         self._display: _Bar | _Lines | None = None
         if enabled:
             console = console or cast("Console", require("rich", extra="train").get_console())
-            # FORCE_COLOR makes rich take a log for a terminal.
+            # With FORCE_COLOR, rich mistakes a log for a terminal, hence isatty.
             if console.is_interactive and console.file.isatty():
                 self._display = _Bar(console, description, start, total, live=live)
             else:
@@ -62,13 +63,13 @@ class Progress:
         return self
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Takes note of a finished step and its metrics, and shows them from time to time."""
+        """Receives a finished step and its metrics, and shows them from time to time."""
         self._pending = (step, metrics or {})
         if self._display and self._display.is_due(step):
             self._show()
 
     def note(self, text: str) -> None:
-        """Shows what the loop is busy with besides its steps, such as compiling."""
+        """Shows what the loop does besides its steps, such as compiling."""
         if self._display:
             self._display.note(text)
 
@@ -89,7 +90,7 @@ class _Bar:
 
     def __init__(self, console: "Console", description: str, start: int, total: int, *, live: bool):
         bars = require("rich.progress", extra="train")
-        # Cut where the others leave no room; else rich narrows every column, the count too.
+        # Only the metrics are cut if room is short; otherwise rich narrows every column.
         rest = require("rich.table", extra="train").Column(ratio=1, no_wrap=True)
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
@@ -118,7 +119,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line at the first step, then whenever another twentieth is done, and at the last."""
+    """Lines at the first step, then after each further twentieth of the steps, and at the last."""
 
     def __init__(self, console: "Console", description: str, start: int, total: int):
         self._file, self._description = console.file, description
@@ -148,5 +149,5 @@ class _Lines:
 def _text(value: Any) -> str:
     try:
         return f"{float(value):.4g}"
-    except Exception:  # a display must not end a run
+    except Exception:  # A display must not end a run.
         return "?"

@@ -13,25 +13,26 @@ from wsbcn_flax._extras import require
 
 
 class MetricWriter(Protocol):
-    """Receives the scalar metrics of a run."""
+    """The interface of writers, which receive the scalar metrics of a run."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of one step, scalars that `float` accepts."""
+        """Records the metrics of one step; `float` must accept every value."""
 
     def close(self) -> None:
-        """Flushes what is pending and releases the files."""
+        """Writes pending records and releases the files."""
 
 
 class JsonlWriter:
-    """Appends a line `{"step": 3, "loss": 0.5}` per `write`, flushed at once, to one file.
+    """A writer that appends a line `{"step": 3, "loss": 0.5}` to a file at every `write`.
 
-    Values that JSON lacks become the strings "NaN", "Infinity" and "-Infinity". A last line that a
-    kill cut off is removed when the file is opened again; other content raises `ValueError`.
+    Each line is flushed at once. NaN and infinities, which JSON lacks, become the strings "NaN",
+    "Infinity" and "-Infinity". If a kill cut off the last line, that line is removed when the file
+    is opened again. Any other content that is not a record raises `ValueError`.
 
     Args:
-        path: The file; made if absent, with its directory.
-        resume_step: The step a run resumes from; later records are removed, as if the run had never
-            stopped. -1 removes all, None (the default) none.
+        path: Path of the file; the file and its directory are created if absent.
+        resume_step: Step that a run resumes from; later records are removed, as if the run had
+            never stopped. -1 removes all records, None (the default) none.
 
     Example:
         >>> import tempfile
@@ -55,7 +56,7 @@ class JsonlWriter:
         self._path, self._file = path, path.open("a")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends a record; raises `ValueError` for a metric that is no scalar or named "step"."""
+        """Appends a record; raises `ValueError` for a non-scalar metric or one named "step"."""
         if "step" in metrics:
             raise ValueError('no metric may be named "step", which is the key of the step itself')
         values = {name: _json_scalar(name, value) for name, value in metrics.items()}
@@ -64,12 +65,12 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Closes the file."""
-        with contextlib.suppress(OSError):  # A disk that is full, of which `write` told.
+        with contextlib.suppress(OSError):  # If the disk is full, `write` has reported it.
             self._file.close()
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the records of a `JsonlWriter`, all values numbers, but for a last line cut off."""
+    """Returns a `JsonlWriter`'s records with numbers as values, without a cut-off last line."""
     records = list(_records(Path(path)))
     return [{k: float(x) if isinstance(x, str) else x for k, x in r.items()} for r in records]
 
@@ -81,7 +82,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             step = int(record["step"])
         except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):  # else it is empty, or cut off by a kill
+            if number < len(lines):  # The last line may be empty, or cut off by a kill.
                 raise ValueError(f"{path}, line {number}, is no record: {line!r:.80}") from error
         else:
             yield record | {"step": step}
@@ -97,7 +98,7 @@ def _json_scalar(name: str, value: Any) -> float | str:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Names the file in an error of writing to it, such as that of a full disk."""
+    """Adds the file's name to an error of writing it, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -111,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
         if not isinstance(document, dict):
             raise ValueError(f"it holds a {type(document).__name__}")
-    except ValueError as error:  # A decoder's error of either kind is one.
+    except ValueError as error:  # Errors of decoding text or JSON are ValueErrors.
         raise ValueError(
             f"{path} must hold a JSON object; it is damaged: {error}. Restore it from a copy, or "
             "use another folder."
@@ -120,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes a JSON file by an atomic replacement, so that a kill leaves the old one or the new."""
+    """Writes a JSON file by atomic replacement, so that a kill leaves the old file or the new."""
     temporary = path.with_name(f"{path.name}.tmp")
     with _naming(temporary):
         temporary.write_text(json.dumps(document, indent=2) + "\n")
@@ -128,12 +129,12 @@ def write_json(path: Path, document: Any) -> None:
 
 
 class TensorBoardWriter:
-    """Writes scalars for TensorBoard, which will hide those later than `resume_step`."""
+    """A writer for TensorBoard, which hides earlier records of steps after `resume_step`."""
 
     def __init__(self, directory: str | os.PathLike[str], *, resume_step: int | None = None):
         SummaryWriter = require("tensorboardX", extra="tensorboard").SummaryWriter
         purge_step = None if resume_step is None else resume_step + 1
-        suffix = f".{time.time_ns()}"  # else a writer made in the same second overwrites the file
+        suffix = f".{time.time_ns()}"  # Keeps writers made in the same second in separate files.
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, filename_suffix=suffix)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -147,18 +148,18 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-    """Passes everything on to several writers, in their order."""
+    """A writer that passes every call on to several writers, in their order."""
 
     def __init__(self, *writers: MetricWriter):
         self._writers = writers
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes to all."""
+        """Writes to all writers."""
         for writer in self._writers:
             writer.write(step, metrics)
 
     def close(self) -> None:
-        """Closes all, even if closing one of them raises."""
+        """Closes all writers, even if closing one of them raises."""
         with contextlib.ExitStack() as stack:
             for writer in reversed(self._writers):
                 stack.callback(writer.close)

@@ -1,4 +1,4 @@
-"""The networks of Mask R-CNN: their size, what is standardized of them, what they compute."""
+"""The networks of Mask R-CNN: their size, their standardized kernels, and their outputs."""
 
 import functools
 
@@ -50,7 +50,7 @@ def shapes_of(model):
 
 
 def variables_of(model, seed=0):
-    """Random variables, so that no scale or bias is one that does not tell."""
+    """Makes random variables, since scales of one and biases of zero would hide errors."""
     init = functools.partial(model.init, train=False)
     shapes = dict(jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 64, 64, 3))))
     leaves, structure = jax.tree.flatten(shapes["params"])
@@ -64,7 +64,7 @@ def standardized(model):
     return [kernel.path for kernel in normalized_convolutions(model, images, train=False)]
 
 
-# Of a Mask R-CNN that is built from torchvision's parts.
+# The numbers are those of a Mask R-CNN built from torchvision's parts.
 def test_parameters_of_the_published_network():
     shapes = shapes_of(published())
     assert sum(leaf.size for leaf in shapes.values()) == 45_715_509
@@ -96,7 +96,7 @@ def test_faster_r_cnn_has_no_mask_head():
 
 
 def test_injected_ws_convolutions_are_the_same():
-    """Where ``conv`` stands in the network is where a normalization follows."""
+    """The network uses ``conv`` exactly where a normalization follows."""
     called = set()
 
     def note(next_fun, args, kwargs, context):
@@ -110,14 +110,14 @@ def test_injected_ws_convolutions_are_the_same():
 
 
 def every_part(model, images, small, large):
-    """All that is learned, of images and of regions that are not zeros."""
+    """Applies the pyramid and all heads, to images and to regions that are not zeros."""
     levels = model.pyramid(images, train=False)
     boxes, masks = model.classify(small, train=False), model.segment(large, train=False)
     return levels, model.propose(levels), boxes, masks
 
 
 def test_shapes_and_dtypes():
-    """Logits and deltas are float32 however the networks compute."""
+    """Logits and deltas are float32 in every computation dtype."""
     model = tiny(dtype=jnp.bfloat16)
     inputs = [jnp.ones(shape) for shape in [(1, 64, 96, 3), (3, 7, 7, 8), (2, 14, 14, 8)]]
     levels, proposals, boxes, masks = jax.eval_shape(
@@ -134,7 +134,7 @@ def test_shapes_and_dtypes():
 
 
 def test_the_pyramid_is_its_equation():
-    """With identity kernels of 1x1 and 3x3, and no normalization."""
+    """The pyramid has identity kernels of 1x1 and 3x3, and no normalization."""
 
     class Identity(nn.Module):
         dtype: object = None
@@ -162,7 +162,7 @@ def test_anchors_are_in_the_order_of_rows_columns_and_anchors():
     head = RPNHead(4, num_anchors=2)
     ((logits, deltas),), variables = head.init_with_output(jax.random.key(0), [level])
     ((larger, _),) = head.apply(variables, [jnp.pad(level, ((0, 0), (0, 4), (0, 4), (0, 0)))])
-    # Zeros are what the convolution pads with: the same logits, in longer rows.
+    # The convolution pads with zeros too, so the logits are the same, in longer rows.
     larger = larger.reshape(1, 6, 7, 2)[:, :2, :3]
     chex.assert_trees_all_close(larger, logits.reshape(1, 2, 3, 2), rtol=1e-5, atol=1e-7)
     assert deltas.shape == (1, 12, 4)
@@ -218,7 +218,7 @@ def test_initial_deviations_of_pyramid_and_proposals():
     for name, fan in {"inner2_conv": 32, "inner3_conv": 64, "layer3_conv": 9 * 32}.items():
         kernel = np.asarray(params[name]["kernel"])
         assert kernel.std() == pytest.approx(deviation(fan), rel=0.1)
-        assert abs(kernel).max() <= deviation(fan, 3.0)  # Uniform.
+        assert abs(kernel).max() <= deviation(fan, 3.0)  # The distribution is uniform.
     params = jax.jit(RPNHead(32).init)(jax.random.key(0), levels[:1])["params"]
     for layer in params.values():
         assert float(layer["kernel"].std()) == pytest.approx(0.01, rel=0.2)

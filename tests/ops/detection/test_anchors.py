@@ -1,11 +1,11 @@
-"""Anchors: the published sides of both conventions, their centers and order."""
+"""Anchors: the published sides in both conventions, centers and order."""
 
 import numpy as np
 import pytest
 
 from wsbcn_flax.ops.detection import AUTHORS, TORCHVISION, BoxConvention, pyramid_anchors
 
-# Width x height at strides 4 to 64 and ratios .5, 1, 2, as maskrcnn-benchmark has them.
+# Width x height at strides 4 to 64 and ratios .5, 1, 2, from maskrcnn-benchmark.
 AUTHORS_SIDES = [
     [(48, 24), (32, 32), (24, 48)],
     [(88, 48), (64, 64), (48, 96)],
@@ -13,7 +13,7 @@ AUTHORS_SIDES = [
     [(360, 176), (256, 256), (184, 368)],
     [(728, 368), (512, 512), (360, 720)],
 ]
-# AnchorGenerator.cell_anchors of torchvision 0.29.1: the last corner of each.
+# Second corner of each anchor in AnchorGenerator.cell_anchors of torchvision 0.29.1.
 TORCHVISION_CORNERS = [
     [(23, 11), (16, 16), (11, 23)],
     [(45, 23), (32, 32), (23, 45)],

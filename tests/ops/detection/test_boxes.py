@@ -1,4 +1,4 @@
-"""Areas, IoU, clipping: torchvision's values, a plain loop, degenerate boxes, both conventions."""
+"""Areas, IoU and clipping: torchvision, a plain loop, degenerate boxes, both conventions."""
 
 import chex
 import jax

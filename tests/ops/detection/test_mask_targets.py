@@ -1,4 +1,4 @@
-"""Mask targets: exact shapes, an ellipse, torchvision's adaptive RoIAlign in a plain loop."""
+"""Mask targets: exact shapes, an ellipse, and torchvision's adaptive RoIAlign as a plain loop."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def ellipse(x, y, box):
 
 
 def grid(box, size):
-    """Centers of a box's bins: x along columns, y along rows."""
+    """Returns the centers of a box's bins: x along columns, y along rows."""
     center = (np.arange(size) + 0.5) / size
     return np.meshgrid(*(box[i] + center * (box[i + 2] - box[i]) for i in (0, 1)))
 
@@ -42,7 +42,7 @@ def test_an_ellipse_is_nearly_what_is_rasterized_on_the_grid():
     masks = np.stack([ellipse(*grid(box, 112), box) for box in BOXES]).astype(np.uint8)
     targets = np.asarray(mask_targets(masks, BOXES, ROIS, INDEX))
     expected = np.stack([ellipse(*grid(r, 28), b) for r, b in zip(ROIS, BOXES[INDEX], strict=True)])
-    assert (targets != expected).mean() < 0.0065  # The share of COCO's pixels that differ.
+    assert (targets != expected).mean() < 0.0065  # The share of pixels that differ on COCO.
     coarse = np.stack([ellipse(*grid(box, 28), box) for box in BOXES]).astype(np.uint8)
     assert (np.asarray(mask_targets(coarse, BOXES, ROIS, INDEX)) != expected).mean() > 0.0065
     assert 0.2 < targets.mean() < 0.8

@@ -1,4 +1,4 @@
-"""Matching against torchvision's rule in plain NumPy, padding, ties, blocks."""
+"""Matching: torchvision's rule in plain NumPy, padding, ties and blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_blocks_do_not_change_the_result(block, monkeypatch):
 
 
 def test_all_references_that_tie_are_positive():
-    """A ground-truth box between two anchors of a grid, and a third anchor that is worse."""
+    """A ground-truth box lies halfway between two anchors; a third anchor is worse."""
     boxes = np.array([[4, 0, 12, 8]], np.float32)
     references = np.array([[0, 0, 8, 8], [8, 0, 16, 8], [10, 0, 18, 8]], np.float32)
     assert match_boxes(references, boxes, **RPN).positive.tolist() == [True, True, False]

@@ -1,4 +1,4 @@
-"""Suppression: torchvision's indices, a plain loop, tiles, ties, masks and batches."""
+"""Non-maximum suppression: torchvision, a plain loop, tiles, ties, masks and batches."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_equals_one_box_at_a_time(block, convention):
 
 
 def test_a_chain_needs_every_pass():
-    """Each box overlaps only its neighbours, so that every second one survives."""
+    """Each box overlaps only its neighbours, so every second box survives."""
     start = 4 * np.arange(64, dtype=np.float32)
     boxes = np.stack([start, 0 * start, start + 10, 0 * start + 10], -1)
     keep = jitted(boxes, -start, iou_threshold=0.3, block=32)
@@ -67,7 +67,7 @@ def test_of_equal_scores_the_earlier_box_comes_first():
 
 
 def test_an_iou_at_the_threshold_is_kept():
-    """As torchvision compares: a threshold just below 0.5 would round to 0.5 in float32."""
+    """As in torchvision, a threshold just below 0.5 is not rounded to 0.5 by float32."""
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 5]], np.float32)
     assert jitted(boxes, np.array([1.0, 0.5]), iou_threshold=0.5).all()
     below = float(np.nextafter(0.5, 0))
@@ -79,7 +79,7 @@ def test_invalid_boxes_neither_survive_nor_suppress():
     valid = np.random.default_rng(9).random(80) < 0.5
     expected = np.zeros(80, bool)
     expected[valid] = looped_nms(boxes[valid], scores[valid], 0.3)
-    boxes[~valid] = np.nan  # Whatever padding holds.
+    boxes[~valid] = np.nan  # Padding may hold anything.
     scores[~valid] = np.inf
     actual = jitted(boxes, scores, iou_threshold=0.3, valid=valid, block=16)
     np.testing.assert_array_equal(actual, expected)
@@ -87,7 +87,7 @@ def test_invalid_boxes_neither_survive_nor_suppress():
 
 @pytest.mark.parametrize("lowest", [-np.inf, np.nan])
 def test_boxes_without_a_finite_score_come_last(lowest):
-    """Also behind invalid boxes, whose blocks are skipped."""
+    """They may even come after invalid boxes, whose blocks are skipped."""
     boxes = np.tile(random_boxes(7, 1), (9, 1))
     scores = np.full(9, lowest, np.float32)
     valid = np.arange(9) >= 6

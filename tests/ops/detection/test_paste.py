@@ -1,4 +1,4 @@
-"""Pasting against a plain loop of both references' code, at the border and outside."""
+"""Pasting equals a plain loop of both references' code, at the border and outside."""
 
 import math
 
@@ -19,7 +19,7 @@ BOXES = [
 
 
 def looped_paste(mask, box, image_hw):
-    """expand_masks, expand_boxes, F.interpolate and the loop over pixels inside box and image."""
+    """Pastes like expand_masks, expand_boxes and F.interpolate, by a loop over pixels."""
     side = len(mask) + 2
     padded = np.zeros((side, side))
     padded[1:-1, 1:-1] = mask

@@ -1,4 +1,4 @@
-"""RoIAlign over a pyramid: the level of each box, and roi_align on that level."""
+"""RoIAlign over a pyramid chooses each box's level and applies roi_align there."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def pyramid_of(images, pixels=128):
 
 
 def boxes_of(images, count):
-    """Boxes of all levels; the area of none lies at a boundary of two."""
+    """Makes boxes of all levels, with no area at the boundary between two levels."""
     sides = np.resize([30.0, 150, 300, 500], images * count)
     center = np.random.default_rng(0).uniform(0, 128, (images * count, 2))
     half = np.stack([sides, sides * 1.1], -1) / 2

@@ -1,4 +1,4 @@
-"""RoIAlign: torchvision's values and gradients, a plain loop, both implementations."""
+"""RoIAlign: torchvision's values and gradients, a plain loop, and both implementations."""
 
 import functools
 
@@ -15,7 +15,7 @@ from wsbcn_flax.ops.detection import roi_align
 
 IMPLEMENTATIONS = ["gather", "einsum"]
 BOXES = random_boxes(0, 10, extent=64, side=40)
-# Outside the image in part and altogether, no sides, corners out of order.
+# Some boxes are partly or wholly outside the image, have no area, or corners out of order.
 ODD_BOXES = np.array(
     [
         [-30, -20, 10, 90],
@@ -32,7 +32,7 @@ IMAGE = np.arange(10) % 2
 
 @functools.cache
 def pooled(implementation, output_size=3, samples=2, aligned=False):
-    """The operation as a function of features, boxes, image indices and flags."""
+    """Returns the operation as a function of features, boxes, image indices and flags."""
     return jax.jit(
         lambda features, boxes, image, valid=None: roi_align(
             features,
@@ -83,7 +83,7 @@ def test_equals_a_loop_over_samples(samples, aligned, implementation):
 
 @pytest.mark.usefixtures("x64")
 def test_implementations_agree_in_float64():
-    """Values and gradients, over more boxes than a chunk of products holds."""
+    """Values and gradients agree for more boxes than a chunk of products holds."""
     features = normal(0, 2, 16, 18, 3, dtype=jnp.float64)
     boxes = random_boxes(1, 150, extent=64, side=40).astype(np.float64)
     image = np.arange(150) % 2
@@ -109,7 +109,7 @@ def test_height_and_width_may_differ(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_invalid_boxes_give_zeros_and_take_no_gradient(implementation):
     features, valid = normal(0, 2, 16, 18, 3), np.arange(10) % 3 > 0
-    padded = np.where(valid[:, None], BOXES, np.nan)  # Whatever padding holds.
+    padded = np.where(valid[:, None], BOXES, np.nan)  # Padding may hold anything.
     dy = normal(1, 10, 3, 3, 3)
     align = pooled(implementation)
     y, (dx,) = value_and_vjp(lambda x: align(x, padded, IMAGE, valid), (features,), dy)

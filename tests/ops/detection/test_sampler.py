@@ -1,4 +1,4 @@
-"""Sampling: exact counts, no repetition, equal chances, keys."""
+"""Sampling: exact counts, no repetition, equal probabilities, keys."""
 
 import functools
 
@@ -22,9 +22,9 @@ def flags(positives, negatives, count=60):
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
     [
-        (20, 40, (4, 12)),  # Many of both.
-        (3, 40, (3, 13)),  # Negatives fill up.
-        (20, 5, (4, 5)),  # Positives do not.
+        (20, 40, (4, 12)),  # There are many of both.
+        (3, 40, (3, 13)),  # Negatives fill the slots that positives leave.
+        (20, 5, (4, 5)),  # Positives do not fill the slots that negatives leave.
         (4, 12, (4, 12)),
         (0, 40, (0, 16)),
         (20, 0, (4, 0)),
@@ -58,7 +58,7 @@ def test_every_reference_has_the_same_chance():
     keys = jax.random.split(jax.random.key(0), 4000)
     drawn = jax.jit(jax.vmap(draw, (0, None, None)))(keys, positive, negative)
     counts = np.bincount(np.asarray(drawn.index).ravel(), minlength=60) / len(keys)
-    # Of 4,000 draws: 5 of 10 positives and 15 of 50 negatives, within five standard deviations.
+    # In 4,000 draws of 5 of 10 positives and 15 of 50 negatives, within 5 standard deviations.
     assert abs(counts[positive] - 5 / 10).max() < 5 * np.sqrt(0.25 / 4000)
     assert abs(counts[negative] - 15 / 50).max() < 5 * np.sqrt(0.21 / 4000)
 

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN with a feature pyramid, convolution and normalization injected."""
+"""Faster and Mask R-CNN with a feature pyramid and injected convolution and normalization."""
 
 from wsbcn_flax.models.detection._box_head import BoxHead
 from wsbcn_flax.models.detection._fpn import FPN

@@ -13,16 +13,17 @@ from wsbcn_flax.ops._checks import statistics_dtype
 class BoxHead(nn.Module):
     """The box head: class logits and box deltas of every region.
 
-    Four times a 3x3 convolution, a normalization and ReLU; a dense layer and ReLU; then two dense
-    layers, in float32 or wider. Convolutions and logits start normal with standard deviation 0.01,
-    deltas with 0.001, the dense layer uniform with variance 1 / fan-in.
+    It applies a 3x3 convolution, a normalization and ReLU four times, then a dense layer and ReLU.
+    Two more dense layers, in float32 or wider, compute logits and deltas. Kernels of convolutions
+    and logits start normal with standard deviation 0.01, those of deltas with 0.001. The first
+    dense layer starts uniform with variance 1 / fan-in.
 
     Submodules: ``conv{i}`` and ``norm{i}`` with i from 1 to 4, ``fc6``, ``logits``, ``deltas``.
 
     Attributes:
-        num_classes: Number of classes of objects, without the background.
+        num_classes: Number of object classes, without the background.
         features: Number of channels of the convolutions.
-        hidden: Number of channels of the dense layer.
+        hidden: Number of channels of the first dense layer.
         conv, norm, dtype: As in ``FPN``.
 
     References:
@@ -47,7 +48,7 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """Computes logits [N, K + 1], of which 0 is the background, and deltas [N, K + 1, 4].
+        """Computes logits [N, K + 1] and deltas [N, K + 1, 4]; class 0 is the background.
 
         Args:
             x: Features of regions [N, 7, 7, C].

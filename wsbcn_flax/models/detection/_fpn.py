@@ -17,21 +17,22 @@ kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 class FPN(nn.Module):
     """The feature pyramid network: the same number of channels at every resolution.
 
-    From the coarsest of the backbone's stages C down, with norms and without ReLU:
+    Levels P are computed from the backbone's stages C, the coarsest first, with norms and without
+    ReLU:
 
         M[i] = norm(conv1x1(C[i])) + upsample(M[i + 1])
         P[i] = norm(conv3x3(M[i]))
 
-    ``upsample`` repeats each position twice along both axes. One more level is every second
+    ``upsample`` repeats each position twice along both axes. An extra level takes every second
     position of the coarsest P. Kernels start uniform with variance 1 / fan-in.
 
     Submodules: ``inner{i}_conv``, ``inner{i}_norm``, ``layer{i}_conv`` and ``layer{i}_norm``, with
-    i from 2, the level of stride 4.
+    i starting at 2, the level of stride 4.
 
     Attributes:
         features: Number of channels of every level.
         conv: Maker of a convolution, called like ``nn.Conv``.
-        norm: Maker of a normalization, which is told the mode as in ``ResNet``.
+        norm: Maker of a normalization, as in ``ResNet``.
         dtype: Computation dtype.
 
     References:
@@ -55,12 +56,12 @@ class FPN(nn.Module):
     def __call__(
         self, stages: Sequence[jax.Array], *, train: bool, padding: Padding | None = None
     ) -> tuple[jax.Array, ...]:
-        """Maps stages [B, H, W, ...], each half as large as the one before, to one level more.
+        """Maps n stages [B, H, W, ...], each half as large as the one before, to n + 1 levels.
 
         Args:
             stages: Features of the backbone, the finest first.
             train: Whether normalizations use and update training statistics.
-            padding: Padding of the images to leave out of statistics, as ``MaskRCNN`` makes it.
+            padding: Padding of the images, to leave out of statistics; ``MaskRCNN`` makes it.
         """
         padding = padding or Padding(None, (0, 0))
         conv = functools.partial(self.conv, dtype=self.dtype)
@@ -72,13 +73,13 @@ class FPN(nn.Module):
         merged = None
         for i, stage in reversed(list(enumerate(stages, start=2))):
             inner = norm(name=f"inner{i}_norm")(conv(1, name=f"inner{i}_conv")(stage))
-            # The sum reaches into the padding where the coarser level's image ends later.
+            # The upsampled image may reach into the padding of the finer level.
             merged = inner if merged is None else padding.fill(inner + _upsample(merged, inner))
             levels.append(norm(name=f"layer{i}_norm")(conv(3, name=f"layer{i}_conv")(merged)))
         return (*reversed(levels), levels[0][:, ::2, ::2])
 
 
 def _upsample(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Every position of x twice along both axes, cut to the size of the finer level."""
+    """Repeats every position of x twice along both axes, cut to the size of the finer level."""
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return x[:, : like.shape[1], : like.shape[2]]

@@ -14,13 +14,14 @@ from wsbcn_flax.ops._checks import statistics_dtype
 class MaskHead(nn.Module):
     """The mask head: a mask of every region and class.
 
-    Four times a 3x3 convolution, a normalization and ReLU; a transposed 2x2 convolution with stride
-    2 and ReLU; then a 1x1 convolution, in float32 or wider. Kernels start he-normal with fan-out.
+    It applies a 3x3 convolution, a normalization and ReLU four times, then a transposed 2x2
+    convolution with stride 2 and ReLU. A 1x1 convolution, in float32 or wider, computes the logits.
+    Kernels start he-normal with fan-out.
 
     Submodules: ``conv{i}`` and ``norm{i}`` with i from 1 to 4, ``deconv`` and ``logits``.
 
     Attributes:
-        num_classes: Number of classes of objects, without the background.
+        num_classes: Number of object classes, without the background.
         features: Number of channels.
         conv, norm, dtype: As in ``FPN``.
 
@@ -45,7 +46,7 @@ class MaskHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Computes mask logits [N, 2 S, 2 S, K + 1]; channel 0 is the background's.
+        """Computes mask logits [N, 2 S, 2 S, K + 1]; channel 0 is the background.
 
         Args:
             x: Features of regions [N, S, S, C].
@@ -64,8 +65,9 @@ class MaskHead(nn.Module):
 class _Deconv(nn.Module):
     """A transposed 2x2 convolution with stride 2, whose outputs do not overlap.
 
-    It is one matrix product, 0.43 times the mask head's time with ``nn.ConvTranspose`` on CPU
-    (jaxlib 0.10). Position (y, x) of ``kernel`` [2, 2, in, out] makes the outputs of that parity.
+    It is one matrix product. With it the mask head takes 0.43 times as long on CPU as with
+    ``nn.ConvTranspose`` (jaxlib 0.10). ``kernel[y, x]`` of [2, 2, in, out] makes the outputs at
+    rows of parity y and columns of parity x.
     """
 
     features: int

@@ -15,42 +15,42 @@ from wsbcn_flax.models.detection._rpn_head import RPNHead
 
 
 class MaskRCNN(nn.Module):
-    """The networks of Mask R-CNN with a feature pyramid; without masks, of Faster R-CNN.
+    """The networks of Mask R-CNN with a feature pyramid, or of Faster R-CNN without masks.
 
-    Its methods are what is learned: features of images, and what heads make of features. A task
-    puts the parts without parameters between them: anchors, proposals and RoIAlign. Calling the
-    model runs every part once, on images and on zeros in place of regions, to make its variables
-    and to find the convolutions that a normalization follows:
+    The methods are the parts with parameters: the pyramid and the heads. A task puts the parts
+    without parameters between them: anchors, proposals and RoIAlign. Calling the model runs every
+    part once, on images and on zeros in place of regions. This makes its variables, and shows which
+    convolutions a normalization follows:
 
         where = normalized_convolutions(model, images, train=False)
         transform = WeightStandardization(preset="official", where=where)
 
-    The authors standardize the same: the convolutions of the backbone and of the pyramid, and four
-    in each head. With ``conv=WSConv`` here and in the backbone it is the same network.
+    The authors standardize the same convolutions: those of the backbone and the pyramid, and four
+    in each head. ``conv=WSConv`` here and in the backbone gives the same network.
 
     Submodules: ``backbone``, ``fpn``, ``rpn``, ``box_head`` and ``mask_head``.
 
     Attributes:
         backbone: Network that returns features of strides 4, 8, 16 and 32, such as
             ``ResNet50(num_classes=None, frozen_stages=2)`` with its own ``conv`` and ``norm``.
-        num_classes: Number of classes of objects, without the background.
+        num_classes: Number of object classes, without the background.
         with_mask: Whether there is a mask head.
         features: Number of channels of the pyramid, the proposal network and the convolutions of
             the heads.
-        hidden: Number of channels of the box head's dense layer.
-        box_size, mask_size: Side of the regions' features that the heads take.
+        hidden: Number of channels of the box head's first dense layer.
+        box_size, mask_size: Side of the region features that the box and mask heads take.
         conv: Maker of the convolutions that a normalization follows, called like ``nn.Conv``.
-        norm: Maker of a normalization, which is told the mode as in ``ResNet``.
+        norm: Maker of a normalization, as in ``ResNet``.
         dtype: Computation dtype; parameters, logits and deltas are float32 or wider.
 
     Raises:
         TypeError: If the images are not floating-point.
-        ValueError: For images or sizes of another shape, or masks asked of Faster R-CNN.
+        ValueError: For images or sizes of another shape, or ``segment`` with ``with_mask=False``.
 
     References:
         He et al., Mask R-CNN, https://arxiv.org/abs/1703.06870; Qiao et al., Micro-Batch Training
         with Batch-Channel Normalization and Weight Standardization,
-        https://arxiv.org/abs/1903.10520, for the normalizations in pyramid and heads
+        https://arxiv.org/abs/1903.10520, for the normalizations in the pyramid and the heads
 
     Example:
         >>> import functools, flax.linen as nn, jax, jax.numpy as jnp
@@ -87,7 +87,7 @@ class MaskRCNN(nn.Module):
             self.mask_head = MaskHead(self.num_classes, features=self.features, **options)
 
     def __call__(self, images: jax.Array, *, train: bool) -> dict[str, Any]:
-        """Runs every part once; the heads see zeros, so that only shapes have a meaning."""
+        """Runs every part once; the heads see zeros, so only the shapes of outputs matter."""
         levels = self.pyramid(images, train=train)
 
         def regions(size: int) -> jax.Array:
@@ -110,7 +110,7 @@ class MaskRCNN(nn.Module):
         Args:
             images: Normalized images, floating-point.
             train: Whether normalizations use and update training statistics.
-            image_hw: Heights and widths [B, 2] of images inside their padding, in pixels, to leave
+            image_hw: Heights and widths [B, 2], in pixels, of the images without padding, to leave
                 the padding out of statistics; see ``ResNet``.
         """
         check_images(images)

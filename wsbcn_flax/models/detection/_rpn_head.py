@@ -11,9 +11,9 @@ from wsbcn_flax.ops._checks import statistics_dtype
 class RPNHead(nn.Module):
     """The region proposal network: objectness and box deltas of every anchor.
 
-    At each level, with shared parameters: a 3x3 convolution and ReLU, then 1x1 convolutions to
-    logits and to deltas, in float32 or wider. They have biases, and no normalization follows them.
-    Kernels start normal with standard deviation 0.01.
+    A 3x3 convolution and ReLU, then 1x1 convolutions to logits and to deltas in float32 or wider,
+    share their parameters over all levels. The convolutions have biases, and no normalization
+    follows them. Kernels start normal with standard deviation 0.01.
 
     Submodules: ``conv``, ``logits`` and ``deltas``.
 
@@ -42,7 +42,7 @@ class RPNHead(nn.Module):
     def __call__(self, levels: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
         """Computes logits [B, HWA] and deltas [B, HWA, 4] of each level [B, H, W, C].
 
-        Anchors are in the order of rows, columns and then the anchors of a position.
+        Anchors are ordered by row, then by column, then by their number at a position.
         """
         init = nn.initializers.normal(0.01)
         conv = nn.Conv(
