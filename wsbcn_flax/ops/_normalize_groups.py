@@ -49,6 +49,15 @@ class ChannelMap(NamedTuple):
 MapOfChannels = Callable[[ChannelMoments, Any, Any, Groups], tuple[ChannelMap, Any]]
 
 
+class _Static(NamedTuple):
+    """The arguments that are not arrays."""
+
+    map_of_channels: MapOfChannels
+    num_groups: int
+    epsilon: float
+    count: int  # The number of positions of x.
+
+
 def scale_and_bias(parameters, like: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
     """Returns the channel part's scale and bias [1, C], from [1, C], [1, num_groups] or None."""
 
@@ -113,8 +122,8 @@ def normalize_groups(
         slope, constant, scale, bias = (part[0] for part in lax.split(affine, (1, 1, 1, 1)))
         map_of_channels, constants = as_given, ()
         parameters = ChannelMap(center, slope, constant, scale, bias)
-    static = map_of_channels, num_groups, epsilon, jnp.dtype(dtype)
-    y, aux = _normalize(*static, x, mask, moments, constants, parameters)
+    static = _Static(map_of_channels, num_groups, epsilon, positions(x))
+    y, aux = _normalize(static, jnp.dtype(dtype), x, mask, moments, constants, parameters)
     return y, aux if of_all_devices is None else of_all_devices
 
 
@@ -126,24 +135,21 @@ def as_given(moments, constants, parameters, groups):
 # A custom derivative, linear in the tangents of x and of the parameters. Autodiff of the formula
 # leaves arithmetic on [B, C] arrays inside the loop over x. This rule ignores the given tangents of
 # the moments and computes them from the tangent of x, so that one pass over x serves all.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _normalize(
-    map_of_channels, num_groups, epsilon, dtype, x, mask, moments, constants, parameters
-):
-    static = map_of_channels, num_groups, epsilon, positions(x)
-    shift, slope, offset, aux = _coefficients(*static, moments, constants, parameters)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _normalize(static, dtype, x, mask, *residuals):
+    shift, slope, offset, aux = _coefficients(static, residuals)
     return _apply(x, mask, shift, slope, offset, dtype), aux
 
 
 @_normalize.defjvp
-def _normalize_jvp(map_of_channels, num_groups, epsilon, dtype, primals, tangents):
-    x, mask, *arguments = primals
-    static = map_of_channels, num_groups, epsilon, positions(x)
-    shift, slope, offset, aux = _coefficients(*static, *arguments)
+def _normalize_jvp(static, dtype, primals, tangents):
+    x, mask, *residuals = primals
+    shift, slope, offset, aux = _coefficients(static, residuals)
     y = _apply(x, mask, shift, slope, offset, dtype)
     # Without the checkpoint, autodiff would keep x - shift in float32 in addition to x.
-    push_forward = jax.checkpoint(functools.partial(_push_forward, *static), prevent_cse=False)
-    pushed = push_forward(*primals, shift, slope, tangents[0], tangents[4])
+    push_forward = jax.checkpoint(functools.partial(_push_forward, static), prevent_cse=False)
+    x_tangent, *_, parameter_tangents = tangents
+    pushed = push_forward(x, mask, residuals, shift, slope, x_tangent, parameter_tangents)
     return (y, aux), (pushed.astype(dtype), jax.tree.map(jnp.zeros_like, aux))
 
 
@@ -152,60 +158,44 @@ def _apply(x, mask, shift, slope, offset, dtype):
     return (distance * at_positions(slope, x) + at_positions(offset, x)).astype(dtype)
 
 
-def _push_forward(
-    map_of_channels,
-    num_groups,
-    epsilon,
-    count,
-    x,
-    mask,
-    moments,
-    constants,
-    parameters,
-    shift,
-    slope,
-    x_tangent,
-    parameter_tangents,
-):
+def _push_forward(static, x, mask, residuals, shift, slope, x_tangent, parameter_tangents):
     """Computes the tangent of y = (x - shift) slope + offset; x's moments set slope and offset."""
     # Reverse mode takes the transpose: one pass that sums the cotangent g and g (x - shift) over
     # positions, arithmetic on [B, C] arrays, and one elementwise pass. In bfloat16 the first pass
     # sums g x, since XLA for GPU would write out g (x - shift) in float32.
     distance = distance_from(shift, x, mask)
     tangent = without_padding(x_tangent.astype(distance.dtype), mask)
-    static = map_of_channels, num_groups, epsilon, count
-    residuals = moments, constants, parameters
     by_kernel = functools.partial(_pulled_by_kernel, static)
     slope_tangent, offset_tangent = linear_with_transpose(
-        functools.partial(_coefficient_tangents, *static),
-        functools.partial(_pulled_coefficients, groups_of, *static),
+        functools.partial(_coefficient_tangents, static),
+        functools.partial(_pulled_coefficients, groups_of, static),
         residuals,
         (*tangent_sums(tangent, distance, mask), parameter_tangents),
         kernel=by_kernel if fit_at_once(residuals) else None,
     )
-    distance = distance_from(moments.shift, x, mask)
+    distance = distance_from(residuals[0].shift, x, mask)
     changed = distance * at_positions(slope_tangent, x) + at_positions(offset_tangent, x)
     return tangent * at_positions(slope, x) + changed
 
 
-def _coefficients(map_of_channels, num_groups, epsilon, count, *arguments):
+def _coefficients(static, residuals):
     """Returns the shift, slope and offset of y = (x - shift) slope + offset, and auxiliaries."""
-    evaluate = functools.partial(_evaluate, map_of_channels, num_groups, epsilon, count)
-    plain = functools.partial(evaluate, groups_of)
+    plain = functools.partial(_evaluate, groups_of, static)
     run: Callable[..., Any] = plain
-    if fit_at_once(arguments):
-        kernel = functools.partial(whole_kernel, functools.partial(evaluate, groups_in_kernel))
-        run = functools.partial(in_one_kernel, plain, kernel)
-    found, *coefficients, aux = run(*arguments)
-    given = arguments[0].shift
+    if fit_at_once(residuals):
+        in_kernel = functools.partial(_evaluate, groups_in_kernel, static)
+        run = functools.partial(in_one_kernel, plain, functools.partial(whole_kernel, in_kernel))
+    found, *coefficients, aux = run(residuals)
+    given = residuals[0].shift
     return found if given is None else given, *coefficients, aux
 
 
-def _evaluate(map_of_channels, num_groups, epsilon, count, groups, raw, constants, parameters):
-    moments = raw.moments(count)
-    groups = groups(num_groups, moments.mean.shape[-1])
-    channel_map, aux = map_of_channels(moments, constants, parameters, groups)
-    slope, offset = _map(groups, epsilon, moments.mean, moments.var, channel_map)
+def _evaluate(groups, static, residuals):
+    raw, constants, parameters = residuals
+    moments = raw.moments(static.count)
+    groups = groups(static.num_groups, moments.mean.shape[-1])
+    channel_map, aux = static.map_of_channels(moments, constants, parameters, groups)
+    slope, offset = _map(groups, static.epsilon, moments.mean, moments.var, channel_map)
     # A given shift is known outside; the kernel need not return it.
     return moments.shift if raw.shift is None else (), slope, offset, aux
 
@@ -232,20 +222,21 @@ def _deviations(groups, epsilon, mean, var, channel_map):
     return slope, d, centred, jnp.sqrt(groups.average(square) + epsilon)
 
 
-def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals, linear):
+def _coefficient_tangents(static, residuals, linear):
     """Computes the tangents of slope and offset from two sums over x and parameter tangents."""
     # Here y is a function of x minus the given shift, which is zero in bfloat16.
     raw, constants, parameters = residuals
     total, along, parameter_tangents = linear
-    moments, groups = raw.moments(count), groups_of(num_groups, raw.total.shape[-1])
+    moments = raw.moments(static.count)
+    groups = groups_of(static.num_groups, moments.mean.shape[-1])
 
     def evaluate(mean, var, parameters):
         at = moments._replace(mean=mean, var=var)
-        channel_map, _ = map_of_channels(at, constants, parameters, groups)
-        return _map(groups, epsilon, mean, var, channel_map)
+        channel_map, _ = static.map_of_channels(at, constants, parameters, groups)
+        return _map(groups, static.epsilon, mean, var, channel_map)
 
     primals = moments.mean, moments.var, parameters
-    tangents = tangents_of_moments(total, along, moments, count)
+    tangents = tangents_of_moments(total, along, moments, static.count)
     slope, offset = jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1]
     if raw.shift is None:
         offset = offset - moments.shift * slope
@@ -254,14 +245,12 @@ def _coefficient_tangents(map_of_channels, num_groups, epsilon, count, residuals
 
 def _pulled_by_kernel(static, wanted, residuals, cotangents):
     def pulled(*arguments):
-        return only(wanted, _pulled_coefficients(groups_in_kernel, *static, *arguments))
+        return only(wanted, _pulled_coefficients(groups_in_kernel, static, *arguments))
 
     return whole_kernel(pulled, residuals, cotangents)
 
 
-def _pulled_coefficients(
-    groups, map_of_channels, num_groups, epsilon, count, residuals, cotangents
-):
+def _pulled_coefficients(groups, static, residuals, cotangents):
     """Applies the transpose of ``_coefficient_tangents``, in closed form.
 
     Let s and o be the cotangents of y's slope and offset. Over the group, let
@@ -277,15 +266,16 @@ def _pulled_coefficients(
     """
     raw, constants, parameters = residuals
     of_slope, of_offset = cotangents
-    moments = raw.moments(count)
+    moments = raw.moments(static.count)
     if raw.shift is None:
         of_slope = of_slope - moments.shift * of_offset
     mean, var = moments.mean, moments.var
-    groups = groups(num_groups, mean.shape[-1])
+    groups = groups(static.num_groups, mean.shape[-1])
     channel_map, pull = jax.vjp(
-        lambda parameters: map_of_channels(moments, constants, parameters, groups)[0], parameters
+        lambda parameters: static.map_of_channels(moments, constants, parameters, groups)[0],
+        parameters,
     )
-    slope, d, centred, std = _deviations(groups, epsilon, mean, var, channel_map)
+    slope, d, centred, std = _deviations(groups, static.epsilon, mean, var, channel_map)
     center, scale = channel_map.center, channel_map.scale
     # Divide by std first, even for the bias. Otherwise a cotangent that is a plain sum of another
     # array over samples would make XLA take one more pass over that array.
@@ -315,7 +305,7 @@ def _pulled_coefficients(
             of_map,
         )
     )
-    count = divisor(moments.weight, count)
+    count = divisor(moments.weight, static.count)
     of_total = -slope * (by_std * d + of_mean_d * std) / count / std
     of_along = -jnp.square(slope) * by_std / count / std
     return of_total, of_along, of_parameters
