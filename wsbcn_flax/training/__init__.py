@@ -4,6 +4,7 @@ Plumbing is in named modules: ``checkpoints``, ``ahead_of_time``, ``preemption``
 ``progress`` and ``writers``.
 """
 
+from wsbcn_flax.training._batch_config import BatchConfig
 from wsbcn_flax.training._evaluation import (
     Average,
     EvalStep,
@@ -12,7 +13,7 @@ from wsbcn_flax.training._evaluation import (
     evaluate,
     make_eval_step,
 )
-from wsbcn_flax.training._experiment import BatchConfig, Data, Experiment, Program
+from wsbcn_flax.training._experiment import Data, Experiment, Program
 from wsbcn_flax.training._loop import LoopConfig, fit
 from wsbcn_flax.training._micro_batches import MicroBatches, split_batch
 from wsbcn_flax.training._optimizer import OptimizerConfig, kernel_mask
