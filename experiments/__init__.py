@@ -1,4 +1,4 @@
-"""Commands: train, compare and measure. They need the extra ``train``."""
+"""Commands that train, compare and measure; they need the extra ``train``."""
 
 from wsbcn_flax._extras import require
 

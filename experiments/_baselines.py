@@ -41,8 +41,8 @@ class NaiveBatchChannelNorm(nn.Module):
 class BarrierBatchNorm(nn.BatchNorm):
     """Flax's batch normalization behind an optimization barrier.
 
-    The barrier keeps XLA for TPU from tiling the normalization as its convolutions are tiled, which
-    at two images a chip writes the broadcast scale and offset out at the activation's size.
+    The barrier keeps XLA for TPU from tiling the normalization like its convolutions. At two images
+    a chip, that tiling writes the broadcast scale and offset out at the activation's size.
     """
 
     def __call__(self, x, use_running_average=None, *, mask=None):
@@ -54,8 +54,8 @@ class NoNorm(nn.Module):
     """The identity, to measure what a network costs without any normalization.
 
     Attributes:
-        scale_init: Initializer that other normalizations take; unused.
-        dtype: Output dtype that other normalizations take; unused.
+        scale_init: Unused initializer, which other normalizations take.
+        dtype: Unused output dtype, which other normalizations take.
     """
 
     scale_init: nn.initializers.Initializer = nn.initializers.ones

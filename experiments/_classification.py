@@ -1,4 +1,4 @@
-"""The recipes of classification, and the experiments they make."""
+"""The recipes of classification, and the experiments that they make."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from wsbcn_flax.data._decoding import resize
 from wsbcn_flax.tasks import Classification
 from wsbcn_flax.training import Experiment, Partition
 
-_LUMINANCE = np.array([0.299, 0.587, 0.114])  # Of red, green and blue, as ITU-R BT.601 has it.
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # Weights of red, green and blue in ITU-R BT.601.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ClassificationRecipe(Recipe):
     label_smoothing: float = 0.0
 
     def load_data(self) -> ImageData:
-        """Loads both splits of the dataset, so that what can fail fails before the first step.
+        """Loads both splits of the dataset, so that errors appear before the first step.
 
         Raises:
             DatasetNotFoundError: If it is not on this machine; says how to obtain it.
@@ -52,11 +52,11 @@ class ClassificationRecipe(Recipe):
         return data
 
     def data_of_run(self, facts: Mapping[str, Any]) -> ImageData:
-        """Returns the data of a run that kept these facts; loads only what is asked for."""
+        """Returns the data of a run that recorded these facts; loads only what is used."""
         return ImageData(self.data, from_json(ImageFacts, facts))
 
     def experiment(self, data: ImageData | None = None) -> Experiment:
-        """Returns the experiment on ``data``, or on no data but the dataset's published facts."""
+        """Returns the experiment on ``data``, or with only the dataset's published facts."""
         data = data or ImageData(self.data, published_facts(self.data))
         facts = data.image_facts
         axis_name = Partition(mode=self.batch.mode).axis_name
@@ -87,11 +87,11 @@ class ClassificationRecipe(Recipe):
         return jax.ShapeDtypeStruct((batch, *data.image_facts.image_shape), jnp.uint8)
 
     def read_input(self, path: Path, data: ImageData) -> np.ndarray:
-        """Reads an image file, uint8 [H, W, C]: cropped as in evaluation, or resized.
+        """Reads an image file as uint8 [H, W, C], cropped as in evaluation or resized.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no image.
+            ValueError: If the file is not an image.
         """
         example: Any = {"image": path.read_bytes(), "file_name": str(path)}
         for transform in data.eval_transforms or (DecodeImage(),):
@@ -110,8 +110,8 @@ class ClassificationRecipe(Recipe):
         """Returns the most probable classes of one image, from its logits."""
         if not np.isfinite(output).all():
             raise ValueError(
-                "The model's logits must be finite, received NaN or infinity: it is damaged or has "
-                "diverged; convert or train it again."
+                "The model's logits must be finite, received NaN or infinity: the model is damaged "
+                "or has diverged; convert or train it again."
             )
         probabilities = np.exp(output - output.max())
         probabilities /= probabilities.sum()

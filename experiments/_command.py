@@ -1,4 +1,4 @@
-"""The frame of every command: options, exit status, errors of users, the debugger."""
+"""Code shared by all commands: options, exit status, user errors and the debugger."""
 
 import dis
 import functools
@@ -22,7 +22,7 @@ _OURS = {"experiments", "wsbcn_flax"}
 def make_main(command: Callable[..., object], *, options: Any = None) -> Callable[[list[str]], int]:
     """Makes the ``main(argv)`` of a command from a function whose arguments are its options.
 
-    With ``options``, a dataclass or a union of dataclasses, the function takes one of these alone.
+    With ``options``, a dataclass or a union of dataclasses, the function takes an instance.
     """
     prog = command.__name__.strip("_")
 
@@ -38,11 +38,11 @@ def make_main(command: Callable[..., object], *, options: Any = None) -> Callabl
 def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
     """Runs a command and returns its exit status.
 
-    It is 0, 1 after an error, 75 after SIGTERM with a checkpoint, or 130 after Ctrl-C.
+    It is 0, 1 after an error, 75 after a stop that saved a checkpoint, or 130 after Ctrl-C.
 
-    A mistake of the user is printed in one line. Any other error keeps its traceback, and with the
-    argument ``--pdb`` opens the debugger where it was raised. Compiled programs are kept in the
-    user's cache, for the next run, unless there is the argument ``--no-compilation-cache``.
+    A user's mistake is printed in one line; any other error keeps its traceback. With the argument
+    ``--pdb``, every error opens the debugger where it was raised. Compiled programs are kept in the
+    user's cache for the next run, unless the argument ``--no-compilation-cache`` is given.
     """
     flags = {"--pdb", "--no-compilation-cache"}
     if "--no-compilation-cache" not in argv:
@@ -50,7 +50,7 @@ def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
     try:
         command([argument for argument in argv if argument not in flags])
         sys.stdout.flush()
-    except BrokenPipeError:  # Of `COMMAND | head`: Python would complain again when it exits.
+    except BrokenPipeError:  # As in `COMMAND | head`; Python would complain again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except PreemptedError as stop:
@@ -72,7 +72,7 @@ def run_command(command: Callable[[list[str]], object], argv: list[str]) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """Sets JAX's persistent compilation cache, unless the user has one."""
+    """Sets JAX's persistent compilation cache, unless the user has set one."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = default_data_dir().parent / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -80,7 +80,7 @@ def _keep_compiled_programs() -> None:
 
 
 def is_users_mistake(error: Exception) -> bool:
-    """Tells errors that this project raises on purpose, and missing files, from bugs."""
+    """Returns whether this project raised an error on purpose, or it is an ``OSError``."""
     if isinstance(error, OSError):
         return True
     last = error.__traceback__
@@ -89,6 +89,6 @@ def is_users_mistake(error: Exception) -> bool:
     if last is None:
         return False
     code = last.tb_frame.f_code
-    # A raise statement: what an operation or a call raises is a bug.
+    # Only a raise statement is on purpose; what an operation or a call raises is a bug.
     raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
     return raised and not _OURS.isdisjoint(Path(code.co_filename).parts)

@@ -1,4 +1,4 @@
-"""The recipes of detection, and the experiments they make."""
+"""The recipes of detection, and the experiments that they make."""
 
 import dataclasses
 import functools
@@ -46,23 +46,22 @@ class DetectorConfig:
     """A detector.
 
     Attributes:
-        name: Name {mask,faster}_rcnn_{backbone}. Mask R-CNN segments objects, Faster R-CNN boxes
-            them; backbones are r50, r101, x50, x101 and tiny.
+        name: Name {mask,faster}_rcnn_{backbone}. Mask R-CNN finds boxes and masks, Faster R-CNN
+            only boxes. Backbones are r50, r101, x50, x101 and tiny.
         features: Number of channels of the pyramid and of the heads.
         hidden: Number of channels of the box head's dense layer.
-        frozen_stages: Number of parts of the backbone that are not trained: 2 are the stem and the
-            first stage.
+        frozen_stages: Number of parts of the backbone that are not trained; 2 freezes the stem and
+            the first stage.
         convention: Convention of boxes, anchors and targets: "torchvision", "authors", or
             "authors_per_image", which selects proposals in each image. With "authors" the step
             depends on how the batch is split.
-        leave_out_padding: Whether padding stays out of the statistics.
+        leave_out_padding: Whether to exclude padding from the statistics of normalizations.
         anchor_sizes: Sides of the anchors of the five levels, in pixels.
         anchors: Number of anchors sampled in an image.
         regions: Number of regions sampled in an image.
-        proposals: Number of proposals of an image in training and in evaluation.
-        weights: Network of the backbone, trained on classification, to start from: a run's folder,
-            a file that `experiments.convert` wrote, or a checkpoint of PyTorch's. None starts at
-            random.
+        proposals: Numbers of proposals of an image, in training and in evaluation.
+        weights: Classification network that the backbone's weights start from: a run's folder, a
+            file that `experiments.convert` wrote, or a PyTorch checkpoint. None starts at random.
         dtype: Computation dtype; parameters, statistics, boxes and scores are float32.
         remat: Whether residual blocks are computed again in the backward pass.
     """
@@ -85,7 +84,7 @@ class DetectorConfig:
         kind, _, backbone = self.name.rpartition("_")
         if kind not in ("mask_rcnn", "faster_rcnn") or backbone not in BACKBONES:
             raise ValueError(
-                "model.name must be mask_rcnn or faster_rcnn with one of "
+                "model.name must be mask_rcnn or faster_rcnn followed by one of "
                 f"_{', _'.join(BACKBONES)}, received {self.name!r}."
             )
 
@@ -96,7 +95,7 @@ class DetectorConfig:
 
     @property
     def backbone(self) -> functools.partial:
-        """The maker of the backbone."""
+        """The function that makes the backbone."""
         return BACKBONES[self.name.rpartition("_")[2]]
 
 
@@ -119,10 +118,10 @@ class DetectionRecipe(Recipe):
 
         Raises:
             FileNotFoundError: If files are missing; says how to get them.
-            ValueError: For an annotation file that is not in the format; names it.
+            ValueError: For an annotation file that is not in COCO's format; names the file.
         """
         data = DetectionData(self.data, self.model.with_mask)
-        _ = data.train_source, data.eval_source  # What can fail fails before the first step.
+        _ = data.train_source, data.eval_source  # Errors appear before the first step.
         return data
 
     def trained_variables(self) -> Mapping[str, Any]:
@@ -130,7 +129,7 @@ class DetectionRecipe(Recipe):
 
         Raises:
             FileNotFoundError: If ``model.weights`` is neither a file nor a run.
-            ValueError: For a file without a network's weights, or another normalization of images.
+            ValueError: For a file without a network's weights, or if ``data.caffe`` is set.
         """
         if self.model.weights is None:
             return {}
@@ -140,7 +139,7 @@ class DetectionRecipe(Recipe):
                 "data.caffe gives the detector blue, green and red from 0 to 255; with "
                 "--model.weights use --data.no-caffe."
             )
-        from experiments.convert import load_weights  # It imports the recipes.
+        from experiments.convert import load_weights  # That imports the recipes.
 
         trained = load_weights(Path(self.model.weights).expanduser(), weight=self.weight)
         return {
@@ -149,17 +148,17 @@ class DetectionRecipe(Recipe):
         }
 
     def data_of_run(self, facts: Mapping[str, Any]) -> DetectionData:
-        """Returns the data of a run that kept these facts; indexes only what is asked for."""
+        """Returns the data of a run that recorded these facts; indexes only what is used."""
         return DetectionData(self.data, self.model.with_mask, facts)
 
     def experiment(self, data: DetectionData | None = None) -> Experiment:
         """Returns the experiment on ``data``.
 
-        Without data it can be compiled and counted, by the published sizes of the dataset.
+        Without data, it has the dataset's published sizes, which suffice to compile it.
         """
         data = data or self.data_of_run(COCO_FACTS[self.data.name])
         task = self.task(data, axis_name=Partition(mode=self.batch.mode).axis_name)
-        # A stop of the gradient hides the convolutions before it.
+        # `stop_gradient` hides the convolutions before it.
         whole = task.model.clone(backbone=task.model.backbone.clone(frozen_stages=0))
         return self.assemble(
             task,
@@ -170,7 +169,7 @@ class DetectionRecipe(Recipe):
         )
 
     def task(self, data: DetectionData, *, axis_name: str | None = None) -> Detection:
-        """Returns the detector of the classes in ``data`` with its losses.
+        """Returns the task of detecting the classes in ``data``.
 
         Args:
             data: Dataset.
@@ -236,16 +235,16 @@ class DetectionRecipe(Recipe):
         }
 
     def read_input(self, path: Path, data: DetectionData) -> dict[str, np.ndarray]:
-        """Reads an image file, resized to fit the first bucket and padded to it.
+        """Reads an image file, resizes it to fit the first bucket, and pads it.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is no image.
+            ValueError: If the file is not an image.
         """
         return self.prepare(read_image(path), data)
 
     def prepare(self, image: np.ndarray, data: DetectionData) -> dict[str, np.ndarray]:
-        """Resizes an image to fit the first bucket and pads it, with its size inside."""
+        """Resizes an image to fit the first bucket and pads it; adds its unpadded size."""
         h, w = data.resize.size(*image.shape[:2])
         ratio = min(1, self.data.buckets[0][0] / h, self.data.buckets[0][1] / w)
         image = resize(image, max(1, int(h * ratio)), max(1, int(w * ratio)))
@@ -255,7 +254,7 @@ class DetectionRecipe(Recipe):
     def describe_output(
         self, output: Mapping[str, np.ndarray], data: DetectionData, *, top: int
     ) -> list[dict[str, str]]:
-        """Returns the surest detections in one image, with boxes in shares of its sides."""
+        """Returns the highest-scoring detections, with boxes as fractions of the image's sides."""
         height, width = output["image_hw"]
         boxes = output["boxes"] / np.array([width, height, width, height])
         return [
@@ -278,5 +277,5 @@ def _published_facts(classes: int, train_size: int) -> dict[str, Any]:
     return {"train_size": train_size, "class_names": names, "category_ids": list(range(len(names)))}
 
 
-# Of COCO 2017 117,266 training images have an object.
+# 117,266 training images of COCO 2017 have an object.
 COCO_FACTS = {"coco": _published_facts(80, 117_266), "scenes": _published_facts(10, 9_000)}

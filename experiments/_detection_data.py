@@ -45,7 +45,7 @@ class CocoConfig:
     """A dataset in COCO's format, and how its images are prepared.
 
     Attributes:
-        name: Name of a layout of files, "coco" or "scenes", and of a folder in ``data_dir``.
+        name: Name of the layout of files, "coco" or "scenes", and of the folder in ``data_dir``.
         train_split: Training split.
         eval_split: Evaluation split.
         annotations: Annotation file of your own training data; the dataset's if None.
@@ -53,11 +53,11 @@ class CocoConfig:
         eval_annotations: Annotation file of your own evaluation data; the dataset's if None.
         eval_images: Folder of your own evaluation images; the dataset's if None.
         shorter: Shorter side that images are resized to, in pixels.
-        longer: Largest longer side, in pixels.
+        longer: Upper limit of the longer side, in pixels.
         buckets: Heights and widths that images are padded to, in pixels.
-        slots: Largest number of objects in an image.
-        caffe: Whether networks take blue, green and red from 0 to 255 less their means, as the
-            authors' detectors do, in the place of ImageNet's normalized red, green and blue.
+        slots: Maximum number of objects in an image.
+        caffe: Whether images are blue, green and red from 0 to 255 less their means, as in the
+            authors' detectors. Otherwise they are red, green and blue, normalized as ImageNet's.
         threads: Number of threads that decode images.
         data_dir: Folder of datasets; a folder in the user's cache if None.
         results: File that each evaluation writes its detections to, in COCO's format for results.
@@ -82,8 +82,8 @@ class CocoConfig:
     def __post_init__(self):
         if not self.buckets or any(side % 32 for bucket in self.buckets for side in bucket):
             raise ValueError(
-                "data.buckets must be heights and widths that 32 divides, received "
-                f"{self.buckets}; pad to the next multiple."
+                "data.buckets must be heights and widths that are multiples of 32, received "
+                f"{self.buckets}; use the next multiples."
             )
 
     def paths(self, split: str, annotations: str | None, images: str | None) -> tuple[Path, Path]:
@@ -101,7 +101,7 @@ class CocoConfig:
                 "coco": "Unpack COCO 2017's images and annotations there, from cocodataset.org.",
             }[self.name]
             raise FileNotFoundError(
-                f"The annotation file {chosen} is missing. {advice} Your own data are named by "
+                f"The annotation file {chosen} is missing. {advice} For your own data, pass "
                 "--data.annotations, --data.images, --data.eval-annotations and --data.eval-images."
             )
         return chosen, Path(images) if images else root / self.name / folder
@@ -109,12 +109,12 @@ class CocoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DetectionData:
-    """The data of a detector: sources that are indexed when they are first used.
+    """The data of a detector, as sources that are indexed when they are first used.
 
     Attributes:
         config: Files and preparation.
         with_mask: Whether masks are loaded.
-        known: Facts that need not be found by indexing the training split.
+        known: Facts of the training split, as `facts` returns them; None indexes the split.
     """
 
     config: CocoConfig
@@ -162,7 +162,7 @@ class DetectionData:
 
     @property
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """An image of the first bucket and its objects."""
+        """Shapes and dtypes of an image of the first bucket and of its objects."""
         slots = self.config.slots
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "image": ((*self.config.buckets[0], 3), np.float32),
@@ -179,7 +179,7 @@ class DetectionData:
     def train_batches(
         self, *, batch_size: int, seed: int, start_step: int, **hosts: int
     ) -> Iterator[Mapping[str, Any]]:
-        """Returns endless batches, each of images of one bucket, half of them mirrored."""
+        """Returns endless batches, each of images of one bucket, and mirrors half of the images."""
         masks = (RasterizeMasks(size=MASK_SIZE),) if self.with_mask else ()
         return bucketed_train_batches(
             split_by_bucket(self.train_source, self.config.buckets, resize=self.resize),
@@ -203,7 +203,7 @@ class DetectionData:
         return len(self.eval_source)
 
     def eval_batches(self, *, batch_size: int, **hosts: int) -> Iterable[Mapping[str, Any]]:
-        """Returns the evaluation images once, in batches with a mask.
+        """Returns one pass over the evaluation images, in batches with a mask.
 
         Raises:
             ValueError: If the classes are not those of the training split.
@@ -211,8 +211,9 @@ class DetectionData:
         names = list(self.eval_source.class_names)
         if names != self.class_names:
             raise ValueError(
-                f"The model's classes must be the dataset's, received {len(self.class_names)} and "
-                f"{len(names)} names; do both annotation files list the same categories?"
+                "The evaluation data must have the model's classes, received "
+                f"{len(self.class_names)} names in the model and {len(names)} in the data; do both "
+                "annotation files list the same categories?"
             )
         return bucketed_eval_batches(
             split_by_bucket(self.eval_source, self.config.buckets, resize=self.resize),

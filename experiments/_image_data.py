@@ -27,7 +27,7 @@ from wsbcn_flax.data import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFacts:
-    """Facts of a dataset that a classifier is built from and used with.
+    """Facts of a dataset that are needed to build and use a classifier.
 
     Attributes:
         train_size: Number of training images.
@@ -50,7 +50,7 @@ class ImageFacts:
 
 
 def _published(train_size: int, num_classes: int, image_shape: tuple[int, int, int]) -> ImageFacts:
-    """Returns facts without names and statistics, as no image is seen."""
+    """Returns facts that need no image; names and statistics are placeholders."""
     channels = image_shape[-1]
     return ImageFacts(
         train_size=train_size,
@@ -73,7 +73,7 @@ PUBLISHED_FACTS = {
 
 
 def published_facts(config: DataConfig) -> ImageFacts:
-    """Returns the facts that are known without data, enough to compile and count an experiment."""
+    """Returns the facts that are known without data; they suffice to compile an experiment."""
     facts, size = PUBLISHED_FACTS[config.name], config.image_size
     return dataclasses.replace(facts, image_shape=(size, size, 3)) if _is_encoded(config) else facts
 
@@ -84,7 +84,7 @@ def _is_encoded(config: DataConfig) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """Labelled images to train and evaluate on: splits that are loaded when they are first used.
+    """Labelled images to train and evaluate on, as splits that are loaded when first used.
 
     Attributes:
         config: Dataset and augmentation.
@@ -106,7 +106,7 @@ class ImageData:
 
     @functools.cached_property
     def image_facts(self) -> ImageFacts:
-        """The facts that were given, or else measured."""
+        """The given facts, or else measured ones."""
         if self.given is not None:
             return self.given
         split = self.train_split
@@ -131,7 +131,7 @@ class ImageData:
         }
 
     def train_batches(self, **options: int) -> Iterator[Mapping[str, Any]]:
-        """Returns endless augmented batches; ``wsbcn_flax.data.train_batches`` has the options."""
+        """Returns endless augmented batches; has the options of `wsbcn_flax.data.train_batches`."""
         config = self.config
         flip = (RandomFlip(),) if config.flip or _is_encoded(self.config) else ()
         if _is_encoded(self.config):
@@ -148,7 +148,7 @@ class ImageData:
         return len(self.eval_split)
 
     def eval_batches(self, **options: int) -> Iterable[Mapping[str, Any]]:
-        """Returns the evaluation split once; ``wsbcn_flax.data.eval_batches`` has the options.
+        """Returns one pass over the evaluation split, with the options of `data.eval_batches`.
 
         Raises:
             ValueError: If its classes are not those of the training split.
@@ -156,7 +156,7 @@ class ImageData:
         classes = len(self.image_facts.class_names)
         if self.eval_split.num_classes != classes:
             raise ValueError(
-                f"The model's classes must be the dataset's, received {classes} and "
+                f"The evaluation split must have the model's {classes} classes, received "
                 f"{self.eval_split.num_classes}."
             )
         example, batch = self.eval_transforms, (self._normalize,)

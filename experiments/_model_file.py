@@ -1,4 +1,4 @@
-"""A trained model with everything needed to use it: a safetensors file, or a run's folder."""
+"""Trained models with all that is needed to use them: a safetensors file or a run's folder."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ class TrainedModel:
     Attributes:
         recipe: Recipe that it was trained with.
         facts: Facts of the data that it was trained on, as JSON values.
-        variables: Arrays of ``params`` and ``batch_stats``; the parameters are raw where the recipe
-            standardizes them.
+        variables: Arrays of ``params`` and ``batch_stats``; kernels that the recipe standardizes
+            are raw.
     """
 
     recipe: Recipe
@@ -38,23 +38,23 @@ class TrainedModel:
 
     @property
     def data(self) -> Data:
-        """The dataset that it was trained on, of which nothing is loaded yet."""
+        """The dataset that it was trained on; nothing of it is loaded yet."""
         return self.recipe.data_of_run(self.facts)
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment that it was trained in, without an average: ``variables`` hold it."""
+        """The experiment that trained it, without `Ema`: ``variables`` already hold the average."""
         return dataclasses.replace(self.recipe, ema=None).experiment(self.data)
 
     @property
     def state(self) -> TrainState:
-        """The state to evaluate, without that of an optimizer."""
+        """The state to evaluate, without an optimizer's state."""
         return TrainState(
             jnp.int32(0), self.variables["params"], self.variables.get("batch_stats", {}), ()
         )
 
     def folded(self) -> "TrainedModel":
-        """Returns the same function with plain kernels, of which none is standardized."""
+        """Returns an equivalent model that holds standardized kernels and needs no transform."""
         transform = self.experiment.transform
         if transform is None:
             return self
@@ -87,7 +87,7 @@ def load_model(path: Path) -> TrainedModel:
 
     Raises:
         FileNotFoundError: If there is neither, or no checkpoint yet.
-        ValueError: If it is no safetensors file of this project, cut short for instance.
+        ValueError: If the file is no safetensors file of this project, or is damaged.
     """
     if path.is_dir():
         recipe, facts, experiment, state = restore_run(path)
@@ -115,7 +115,7 @@ def load_model(path: Path) -> TrainedModel:
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> int:
-    """The CRC-32 of everything in a file."""
+    """Returns the CRC-32 of everything in a file."""
     value = zlib.crc32(json.dumps(fields).encode())
     for name in sorted(arrays):
         value = zlib.crc32(arrays[name].tobytes(), zlib.crc32(name.encode(), value))
@@ -123,7 +123,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> in
 
 
 def restore_run(folder: Path) -> tuple[Recipe, dict[str, Any], Experiment, TrainState]:
-    """Returns a run's recipe, facts and experiment, and its state at the newest sound checkpoint.
+    """Returns a run's recipe, facts and experiment, and its state at the newest intact checkpoint.
 
     Raises:
         FileNotFoundError: If the folder holds no run, or no checkpoint yet.

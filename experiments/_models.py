@@ -36,7 +36,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-@functools.lru_cache(maxsize=64)  # One maker for equal networks, so that they are traced once.
+@functools.lru_cache(maxsize=64)  # Equal networks get one maker, so that they are traced once.
 def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[..., nn.Module]:
     """Makes the normalization that a configuration names, to inject into a model.
 
@@ -74,10 +74,10 @@ def make_norm(config: NormConfig, *, axis_name: str | None = None) -> Callable[.
 def make_transform(
     config: WeightConfig, *, model: nn.Module, image_shape: tuple[int, ...]
 ) -> WeightStandardization | None:
-    """Makes the parameter transform that a configuration names, for kernels of a network.
+    """Makes the parameter transform that a configuration names, for the kernels of a network.
 
-    The network is traced on images [1, H, W, C] to find those that a normalization follows. Any
-    with the same convolutions will do.
+    The network is traced on images [1, H, W, C] to find the kernels that a normalization follows.
+    Any network with the same convolutions will do.
     """
     if config.kind == "none":
         return None

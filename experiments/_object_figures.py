@@ -15,10 +15,10 @@ class AnnotatedImage(NamedTuple):
     Attributes:
         image: Pixels, uint8 ``[H, W, 3]``.
         boxes: Corners ``x1, y1, x2, y2`` in pixels, ``[n, 4]``.
-        masks: Pixels of each object, ``[n, H, W]``; None for boxes alone.
-        labels: Classes, which choose the colors, ``[n]``.
-        texts: A text for each object.
-        title: A text above the image.
+        masks: Mask of each object, ``[n, H, W]``; None to draw boxes only.
+        labels: Classes, which determine the colors, ``[n]``.
+        texts: Caption of each object.
+        title: Title above the image.
     """
 
     image: np.ndarray

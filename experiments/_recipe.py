@@ -1,4 +1,4 @@
-"""Recipes: every number that a run depends on, as frozen dataclasses."""
+"""Recipes, frozen dataclasses that hold every number that a run depends on."""
 
 import abc
 import dataclasses
@@ -29,9 +29,9 @@ class DataConfig:
         eval_split: Evaluation split, in the same syntax.
         crop_padding: Number of pixels padded before a random crop to the image's size. ImageNet's
             crops are random-resized instead.
-        flip: Whether half of the images are mirrored; ImageNet's always are.
+        flip: Whether to mirror half of the images; always done for ImageNet.
         image_size: Side of ImageNet's crops, in pixels; other images keep their size.
-        resize: Shorter side that ImageNet's evaluation images are resized to before the crop.
+        resize: Shorter side of ImageNet's evaluation images before the crop, in pixels.
         threads: Number of threads that decode ImageNet's images.
         data_dir: Folder of datasets; a folder in the user's cache if None.
     """
@@ -56,8 +56,8 @@ class ModelConfig:
         width: Channels of the stem of a CIFAR residual network; the network's own if None.
         stem_strides: Strides of the stem of a CIFAR residual network; the network's own if None.
         dtype: Computation dtype; parameters and statistics are float32. "float16" scales the loss.
-        remat: Whether residual blocks are computed again in the backward pass, which keeps only
-            their inputs in memory.
+        remat: Whether residual blocks are computed again in the backward pass, so that only their
+            inputs stay in memory.
     """
 
     name: str = "resnet8"
@@ -76,9 +76,9 @@ class NormConfig:
             `experiments._baselines`.
         groups: Number of groups of gn and of bcn's channel part, at least 1.
         rate: Step size of the running statistics of bn and bcn; one minus Flax's momentum.
-        sync: Whether bn's batch statistics are those of all devices; mode "jit" always takes those.
+        sync: Whether bn and bcn average batch statistics over all devices; mode "jit" always does.
         statistics: Statistics of bcn's batch part, "estimate" or "batch".
-        order: Order of bcn's update; "normalize_first" makes the step independent of the split.
+        order: Order of bcn's update; with "normalize_first" a step is the same for any split.
         affine: Scale and bias of bcn's channel part, per "group" or per "channel".
     """
 
@@ -100,9 +100,9 @@ class WeightConfig:
     """A transform of convolution kernels before they are used.
 
     Attributes:
-        kind: Name of the transform: none, Weight Standardization, weight normalization or centered
-            weight normalization.
-        preset: Convention of "ws": bcn, official, official_tf, bit, timm or nfnet.
+        kind: Name of the transform: none, ws (Weight Standardization), wn (weight normalization)
+            or cwn (centered weight normalization).
+        preset: Convention of "ws": bcn, official, official_tf, bit, timm, aws or nfnet.
     """
 
     kind: Weight = "none"
@@ -122,19 +122,19 @@ class Recipe(abc.ABC):
     """A whole run; each subclass is for one task.
 
     Attributes:
-        data: Dataset, of a type that the task has; it has a name, an eval_split and a data_dir.
-        model: Network, of a type that the task has; it has a name, a dtype and an option remat.
+        data: Dataset, of the task's own type, with a name, an eval_split and a data_dir.
+        model: Network, of the task's own type, with a name, a dtype and an option remat.
         norm: Normalization of the network.
         weight: Transform of the network's kernels.
-        batch: Batch, and its split over devices and micro-batches.
+        batch: Batch size, and the split of a batch over devices and micro-batches.
         optim: Optimizer and its schedule.
-        epochs: Length of training.
+        epochs: Length of training in epochs.
         seed: Seed of initialization, order and augmentation.
-        ema: Decay of an average of the parameters that is evaluated in their place, such as 0.999;
-            None evaluates the parameters.
+        ema: Decay of the parameters' moving average, such as 0.999, which is evaluated instead of
+            them; None evaluates the parameters.
     """
 
-    # Whether a serialized program takes any number of inputs, or one.
+    # Whether a serialized program takes any number of inputs rather than one.
     any_batch: ClassVar[bool] = True
 
     data: Any
@@ -161,17 +161,17 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def data_of_run(self, facts: Mapping[str, Any]) -> Data:
-        """Returns the data of a run that kept these facts; loads only what is asked for."""
+        """Returns the data of a run that recorded these facts; loads only what is used."""
 
     @abc.abstractmethod
     def experiment(self, data: Any = None) -> Experiment:
         """Returns the experiment on ``data``.
 
-        Without data it can be compiled and counted, by the published sizes of the dataset.
+        Without data, it has the dataset's published sizes, which suffice to compile it.
         """
 
     def trained_variables(self) -> Mapping[str, Any]:
-        """Returns variables that training starts from; all others start at random."""
+        """Returns variables that training starts from; all others are initialized at random."""
         return {}
 
     def assemble(
@@ -186,7 +186,7 @@ class Recipe(abc.ABC):
         """Returns the experiment of a task, from the fields that all recipes have.
 
         Args:
-            task: Task, without an average of its parameters.
+            task: Task; it is wrapped in `Ema` here if the recipe has ``ema``.
             data: Dataset.
             train_size: Number of training samples, which gives an epoch its length.
             transform: Transform of parameters; None for the identity.
@@ -202,7 +202,7 @@ class Recipe(abc.ABC):
             steps=round(self.epochs * steps_per_epoch),
             batch=self.batch,
             transform=transform,
-            # Only where kernels are computed is there anything to gain by writing them down.
+            # Rounding kernels once a step pays off only if a transform computes them.
             kernel_dtype=None if transform is None else dtype,
             loss_scale=DynamicScale() if dtype == jnp.float16 else None,
             seed=self.seed,
@@ -211,11 +211,11 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def predict_fn(self, data: Any, variables: Mapping[str, Any]) -> Callable[[Any], Any]:
-        """Returns the function from raw inputs [B, ...] to outputs; it standardizes no kernel."""
+        """Returns the function from raw inputs [B, ...] to outputs; uses kernels as they are."""
 
     @abc.abstractmethod
     def raw_inputs(self, data: Any, batch: Any) -> Any:
-        """Returns the shapes and dtypes of ``batch`` raw inputs, a pytree."""
+        """Returns a pytree of the shapes and dtypes of ``batch`` raw inputs."""
 
     @abc.abstractmethod
     def read_input(self, path: Path, data: Any) -> Any:
@@ -227,7 +227,7 @@ class Recipe(abc.ABC):
 
 
 def from_json(kind: Any, value: Any) -> Any:
-    """Returns the dataclass ``kind`` of which ``dataclasses.asdict`` and JSON made ``value``.
+    """Returns the dataclass ``kind`` that ``dataclasses.asdict`` and JSON turned into ``value``.
 
     Raises:
         KeyError: For a field that ``kind`` does not have.
@@ -242,5 +242,5 @@ def from_json(kind: Any, value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Returns lists, which JSON has in the place of tuples, as tuples."""
+    """Turns lists, which JSON has instead of tuples, back into tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -16,7 +16,7 @@ Column = tuple[str, Callable[[Any], str]]
 def table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column] | None = None
 ) -> Table:
-    """Makes a table of one line for each row; a value of None is a dash.
+    """Makes a table of one line for each row; None is shown as a dash.
 
     Rows have the same keys. ``columns`` maps each key to show to its heading and format; by default
     all keys are shown as they are.
@@ -43,7 +43,7 @@ def metric_table(title: str, metrics: Mapping[str, float]) -> Table:
 
 
 def machine_facts() -> str:
-    """Says in one line what measured times depend on."""
+    """Returns one line about the hardware and software that measured times depend on."""
     return (
         f"{os.cpu_count()} CPU cores, jax {jax.__version__}, backend {jax.default_backend()}, "
         f"device {jax.devices()[0].device_kind}"
@@ -51,7 +51,7 @@ def machine_facts() -> str:
 
 
 def check_writable(path: Path | None) -> None:
-    """Raises OSError now for a file that could not be written after minutes of work."""
+    """Raises OSError if the file cannot be written; called before minutes of work."""
     if path is None:
         return
     is_new = not path.exists()

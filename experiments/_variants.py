@@ -1,4 +1,4 @@
-"""A recipe with another normalization."""
+"""Recipes with another normalization."""
 
 import dataclasses
 import typing
@@ -10,10 +10,10 @@ _WEIGHTS: tuple[str, ...] = typing.get_args(Weight)[1:]
 
 
 def with_norm(recipe: Recipe, name: str) -> Recipe:
-    """Returns the recipe with the normalization and the weights that ``name`` says.
+    """Returns the recipe with the normalization and the kernel transform that ``name`` names.
 
     Args:
-        recipe: Recipe that all else is kept of, the number of groups and the preset of WS too.
+        recipe: Recipe whose other fields are kept, with the number of groups and the preset of WS.
         name: Name {norm}[_synced][_{weight}], such as bn, bn_synced, naive_bcn or gn_ws.
 
     Raises:
@@ -24,8 +24,8 @@ def with_norm(recipe: Recipe, name: str) -> Recipe:
     kind, synced = rest.removesuffix("_synced"), rest.endswith("_synced")
     if kind not in _KINDS:
         raise ValueError(
-            f"A normalization is one of {', '.join(_KINDS)}, or bn_synced, with _"
-            f"{', _'.join(_WEIGHTS)} after it or nothing, received {name!r}."
+            f"The normalization must be one of {', '.join(_KINDS)} or bn_synced, optionally "
+            f"followed by one of _{', _'.join(_WEIGHTS)}, received {name!r}."
         )
     return dataclasses.replace(
         recipe,
@@ -35,6 +35,6 @@ def with_norm(recipe: Recipe, name: str) -> Recipe:
 
 
 def norm_name(recipe: Recipe) -> str:
-    """Returns the normalization with its weights, as in the recipe's name: bcn_ws."""
+    """Returns the normalization and weights as in the recipe's name, such as bcn_ws."""
     weight = "" if recipe.weight.kind == "none" else f"_{recipe.weight.kind}"
     return f"{recipe.norm.kind}{weight}"

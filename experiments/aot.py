@@ -49,7 +49,7 @@ _RATIOS = (
     "temp_bytes",
     "total_bytes",
 )
-_PROFILED = 24  # Modules.
+_PROFILED = 24  # Number of modules that are listed.
 _COLUMNS: dict[str, Column] = {
     "norm": ("norm", str),
     "bytes_accessed": ("GB", lambda x: f"{x / 1e9:.2f}"),
@@ -85,7 +85,7 @@ def aot(
     profile: bool = False,
     json: Path | None = None,
 ) -> None:
-    """Compiles a recipe's training step for devices that need not be here.
+    """Compiles a recipe's training step for devices that need not be present.
 
     Args:
         recipe: Name of a recipe.
@@ -96,25 +96,25 @@ def aot(
         per_device_batch: Numbers of images on each chip; one table for each.
         micro: Number of images in a micro-batch; the chip's whole batch if None.
         against: Normalizations to compile the same network with: none, bn, bn_synced, bn_barrier,
-            gn, ln, in, naive_bcn or bcn, without weight standardization or with it: gn_ws.
-        mode: How devices are used.
+            gn, ln, in, naive_bcn or bcn. With weight standardization append _ws, as in gn_ws.
+        mode: Use of devices: a share of the batch on each (shard_map), or global arrays (jit).
         dtype: Computation dtype; parameters and statistics are float32.
-        remat: Whether residual blocks are rematerialized.
+        remat: Whether residual blocks are computed again in the backward pass.
         reduce_dtype: Dtype in which devices add up gradients; their own if None.
-        compiler_options: Options of XLA, names and values in turn.
-        fits: Memory of a device in GiB. Finds the largest micro-batch of the batch that fits.
+        compiler_options: Options of XLA, as alternating names and values.
+        fits: Memory of a device in GiB. If given, only finds the largest micro-batch that fits.
         profile: Whether to list the costliest modules of each step.
         json: File to write the figures to.
 
     Raises:
-        ValueError: For an unknown recipe or normalization, or a micro-batch that does not divide.
+        ValueError: For an unknown recipe or normalization, or micro-batches that do not divide.
     """
     if not per_device_batch or min(per_device_batch) < 1:
         raise ValueError(
             f"per_device_batch must be numbers of images, at least 1, received {per_device_batch}."
         )
     check_writable(json)
-    # The compiler alone is needed of a TPU; the arrays are this machine's.
+    # Compiling for a TPU needs no TPU; this machine's CPU holds the arrays.
     jax.config.update("jax_platforms", "cpu")
     where, find_devices = {
         "tpu": (topology, lambda: tpu_devices(topology)),
@@ -136,7 +136,7 @@ def aot(
                 micro=None if micro is None else micro * shares,
                 mode=mode,
                 reduce_dtype=reduce_dtype,
-                loop="scan",  # "auto" would ask for this machine's backend.
+                loop="scan",  # "auto" would choose for this machine's backend.
                 compiler_options=compiler_options or {},
             ),
             model=dataclasses.replace(variant.model, dtype=dtype, remat=remat),
@@ -150,7 +150,7 @@ def aot(
             of_micro = functools.partial(bytes_needed, batch)
             _print_what_fits(recipe, batch, of_micro, limit=round(fits * 2**30))
         return
-    # The references first, so that each row has its ratios when it is written.
+    # The references come first in the tables.
     variants = {name: with_norm(base, name) for name in against} | {norm_name(base): base}
     figures: dict[int, dict[str, Figures]] = {batch: {} for batch in per_device_batch}
     profiles: dict[tuple[int, str], tuple[Group, ...]] = {}
@@ -174,13 +174,13 @@ def aot(
                 _print_profile(f"{name}, {batch} images a chip", profiles[batch, name], chip)
     if any(row["custom_calls"] for rows in figures.values() for row in rows.values()):
         rich.print(
-            "Custom calls carry no estimate: each counts as 3,000 cycles, or as its bytes over the "
-            "memory's bandwidth."
+            "The compiler does not estimate custom calls. Each counts as 3,000 cycles or as the "
+            "time to move its bytes, whichever is longer."
         )
 
 
 def rows_with_ratios(figures: Mapping[str, Figures]) -> list[dict[str, Any]]:
-    """Returns one row for each normalization, with ratios to bn and bn_barrier if compiled."""
+    """Returns one row for each normalization, with ratios to bn and bn_barrier if compiled too."""
     rows = []
     for name, of_norm in figures.items():
         ratios = {

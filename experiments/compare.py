@@ -1,4 +1,4 @@
-"""Compares normalizations over micro-batch sizes: table, JSON and figure.
+"""Compares normalizations over micro-batch sizes, in a table, a JSON file and a figure.
 
 `python -m experiments.compare [--norms bn bcn_ws] [--micro-batches 1 2 64] [--seeds 0 1 2]`
 """
@@ -37,10 +37,10 @@ class CompareOptions:
     Attributes:
         data: Dataset of the recipes.
         model: Network of the recipes.
-        norms: Rows of the table, {norm}[_{weight}] as in a recipe's name.
-        micro_batches: Columns of the table: images normalized together; each divides the batch.
-        seeds: Seeds; one run for each.
-        epochs: Length of a run; the recipe's own if None.
+        norms: Normalizations, a row each, named {norm}[_{weight}] as in a recipe's name.
+        micro_batches: Numbers of images normalized together, a column each; must divide the batch.
+        seeds: Seeds, a run each.
+        epochs: Length of a run in epochs; the recipe's own if None.
         out: Folder for results.json and figure.png.
         figure: Whether to draw the figure (needs the extra "plots").
     """
@@ -61,7 +61,7 @@ class CompareOptions:
 
 
 class Result(NamedTuple):
-    """The end of one run: the error is a fraction of the test set."""
+    """The test result at the end of one run; the error is a fraction of the test set."""
 
     norm: str
     micro_batch: int
@@ -75,10 +75,10 @@ def compare(options: CompareOptions) -> list[Result]:
 
     Raises:
         ValueError: For an unknown recipe or a micro-batch size that does not divide the batch.
-        ImportError: For a figure without matplotlib; before anything runs.
+        ImportError: If a figure is wanted without matplotlib; raised before anything runs.
     """
     started = time.monotonic()
-    # Everything that can fail fails before the first run.
+    # Errors are raised before the first run.
     sizes = sorted(options.micro_batches)
     cells = itertools.product(options.norms, sizes)
     recipes = {(norm, size): _recipe(options, norm, size) for norm, size in cells}
@@ -140,7 +140,7 @@ def _recipe(options: CompareOptions, norm: str, micro_batch: int) -> Recipe:
         raise ValueError(
             f"A micro-batch must divide the batch of {recipe.batch.size}, received {micro_batch}."
         )
-    # One device, so that BatchNorm normalizes over its micro-batch as on one chip of many.
+    # On one device, BatchNorm normalizes over its micro-batch, as on one chip of many.
     batch = dataclasses.replace(recipe.batch, micro=micro_batch, devices=1)
     epochs = recipe.epochs if options.epochs is None else options.epochs
     return dataclasses.replace(recipe, batch=batch, epochs=epochs)
@@ -153,7 +153,7 @@ def _draw(spreads: Mapping[str, Mapping[int, Spread]], path: Path, *, title: str
     with error_figure(path, xlabel="micro-batch size (images normalized together)") as axes:
         for index, (name, row) in enumerate(spreads.items()):
             mean, low, high = np.transpose(list(row.values()))
-            # Side by side on the logarithmic axis, so that equal results stay visible.
+            # Points are moved apart on the logarithmic axis, so that equal results stay visible.
             beside = np.array(sizes) * 1.06 ** (index - (len(spreads) - 1) / 2)
             bars = [mean - low, high - mean]
             axes.errorbar(beside, mean, yerr=bars, marker="o", capsize=3, label=name)
@@ -161,7 +161,7 @@ def _draw(spreads: Mapping[str, Mapping[int, Spread]], path: Path, *, title: str
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, map(str, sizes))
         axes.xaxis.minorticks_off()
-        # Logarithmic: a normalization that falls apart would flatten the others into one line.
+        # On a linear axis, a normalization that fails would flatten the others into one line.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

@@ -1,8 +1,8 @@
 """Writes a trained model as one file: `python -m experiments.convert {authors,run} SOURCE OUT`.
 
-The file is safetensors, for `experiments.evaluate` and `experiments.predict`, or with
-`--format jax` a program serialized by `jax.export`, from uint8 images to logits, in gzip's format,
-whose checksum finds damage: `jax.export.deserialize(bytearray(gzip.decompress(content)))`.
+The file is in the safetensors format, for `experiments.evaluate` and `experiments.predict`. With
+`--format jax` it is a program from uint8 images to logits, serialized by `jax.export` and gzipped,
+which adds a checksum. Read it by `jax.export.deserialize(bytearray(gzip.decompress(content)))`.
 """
 
 import abc
@@ -41,7 +41,7 @@ class _Conversion(abc.ABC):
     Attributes:
         source: File or folder to convert.
         out: File to write.
-        fold: Whether kernels are standardized once and for all, leaving a plain network.
+        fold: Whether to standardize kernels once and for all, which leaves a plain network.
         format: "safetensors", or "jax" for a serialized program (always folded).
     """
 
@@ -57,12 +57,12 @@ class _Conversion(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Authors(_Conversion):
-    """Converts a PyTorch checkpoint of the authors', or of torchvision's ResNets.
+    """Converts a PyTorch checkpoint of the authors or of a torchvision ResNet.
 
     Attributes:
-        name: Name of the architecture, such as R-50-GN-WS. By default it is the file's name, or
-            follows from the keys.
-        class_names: File of one class a line; ImageNet's synsets by default.
+        name: Name of the architecture, such as R-50-GN-WS. By default it is found from the file's
+            name or the keys.
+        class_names: File with one class name a line; ImageNet's synsets by default.
     """
 
     name: str | None = None
@@ -124,8 +124,8 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImportError: Without PyTorch; names the extra.
-        ValueError: If it is no checkpoint of tensors; nothing else in it is ever executed.
+        ImportError: If PyTorch is not installed; names the extra.
+        ValueError: If the file is not a checkpoint of tensors; code in it is never executed.
     """
     torch = require("torch", extra="torch")
     if not path.is_file():
@@ -133,7 +133,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Whatever torch raises: for damaged bytes that may be anything.
+        # torch may raise anything for damaged bytes.
         raise ValueError(
             f"{path} must be a PyTorch checkpoint of tensors; it is damaged or holds other objects "
             f"({error!r:.200})."
@@ -148,7 +148,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 def load_weights(path: Path, *, weight: WeightConfig) -> dict[str, Any]:
     """Returns the variables of a run, of a converted file or of a PyTorch checkpoint.
 
-    Warns where ``weight``, the transform that they are for, is not the one they were trained with.
+    Warns if ``weight``, the transform that they will be used with, is not the one of training.
     """
     if path.is_dir() or path.suffix == ".safetensors":
         model = load_model(path)
@@ -166,7 +166,7 @@ def _warn_of_another_function(path: Path, trained: str, weight: WeightConfig) ->
     if trained != weight.convention:
         kind = "none" if trained == "none" else f"ws --weight.preset {trained}"
         warnings.warn(
-            "Kernels keep their function with the transform that they were trained with alone, "
+            "Kernels compute the same function only with the transform they were trained with, "
             f"received weight.kind {weight.kind} ({weight.convention}) for {path.name}, which was "
             f"trained with {trained}. Use --weight.kind {kind}.",
             stacklevel=2,
@@ -174,7 +174,7 @@ def _warn_of_another_function(path: Path, trained: str, weight: WeightConfig) ->
 
 
 def _name_of(path: Path, state_dict: Mapping[str, np.ndarray]) -> str:
-    """The architecture that a file is named after, or else that its keys belong to."""
+    """Returns the architecture that a file is named after, or else the one of its keys."""
     stem = path.name.split(".")[0]
     return stem if stem in checkpoint_names() else guess_checkpoint_name(state_dict)
 

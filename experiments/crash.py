@@ -1,4 +1,4 @@
-"""Kills a training at random moments, resumes it, and compares it with an undisturbed one.
+"""Kills a run at random moments, resumes it, and compares it with an undisturbed one.
 
 `python -m experiments.crash RECIPE [--kills 10] [--devices 8]`
 """
@@ -28,17 +28,16 @@ from wsbcn_flax.training.writers import read_jsonl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrashOptions:
-    """Kills a training at random moments and compares its end with an undisturbed one's.
+    """Kills a run at random moments and compares its results with an undisturbed run's.
 
     Attributes:
         recipe: Name of a recipe.
-        kills: Number of times that the training is killed.
-        epochs: Length of training.
+        kills: Number of times that the run is killed.
+        epochs: Length of training in epochs.
         checkpoint_every: Number of steps between checkpoints.
-        data_dir: Folder of datasets; that of the recipe if None.
-        devices: Number of devices that the training simulates on the CPU; those that JAX finds if
-            None.
-        seed: Seed of the moments.
+        data_dir: Folder of datasets; the recipe's if None.
+        devices: Number of devices to simulate on the CPU; None uses the devices that JAX finds.
+        seed: Seed of the moments of the kills.
     """
 
     recipe: tyro.conf.Positional[str] = "mnist5k_resnet8_bcn_ws"
@@ -54,9 +53,9 @@ class CrashReport(NamedTuple):
     """Result of the comparison.
 
     Attributes:
-        killed_at: Last step recorded at each kill; fewer than asked for if training ended before.
+        killed_at: Last step recorded at each kill; fewer than ``kills`` if training ended first.
         lost: Number of recorded steps that the newest checkpoint did not hold, at each kill.
-        differing: Paths of the leaves of the final states that are not equal bit for bit.
+        differing: Paths of the leaves that are not bit-identical in the final states.
         same_metrics: Whether the two metric files are equal.
         leaves: Number of arrays that were compared.
     """
@@ -69,10 +68,10 @@ class CrashReport(NamedTuple):
 
 
 def crash(options: CrashOptions, folder: Path) -> CrashReport:
-    """Runs the recipe undisturbed and killed, under ``folder``, and compares the ends.
+    """Runs the recipe undisturbed and with kills, under ``folder``, and compares the results.
 
     Raises:
-        RuntimeError: If a training fails by itself.
+        RuntimeError: If a run fails without being killed.
     """
     whole, killed = folder / "whole", folder / "killed"
     began = time.monotonic()
@@ -86,7 +85,7 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
     with Progress("kill", total=options.kills) as progress:
         for number in range(1, options.kills + 1):
             process = _start(options, killed)
-            # While stepping and saving, or now and then while importing, restoring and compiling.
+            # Kills it while it steps or saves, sometimes while it imports, restores or compiles.
             further = moments.randint(0, furthest)
             _wait_for_step(_last_step(killed) + further, process, killed)
             time.sleep(moments.uniform(0, 0.2 if further else startup))
@@ -135,7 +134,7 @@ def _wait_for_step(step: int, process: subprocess.Popen, folder: Path) -> None:
 def _finish(process: subprocess.Popen) -> None:
     _, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"A training failed by itself:\n{errors.decode()[-2000:]}")
+        raise RuntimeError(f"A run failed without being killed:\n{errors.decode()[-2000:]}")
 
 
 def _last_step(folder: Path) -> int:
@@ -154,7 +153,7 @@ def _crash(options: CrashOptions) -> None:
     """Prints the comparison.
 
     Raises:
-        RuntimeError: If the two ends are not equal bit for bit, or the training was too short.
+        RuntimeError: If the results are not bit-identical, or training ended before the last kill.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = crash(options, Path(folder))
@@ -172,7 +171,7 @@ def _crash(options: CrashOptions) -> None:
     if len(report.killed_at) < options.kills:
         raise RuntimeError("The training ended before its last kill; raise --epochs.")
     if report.differing or not report.same_metrics:
-        raise RuntimeError("The killed training must end like the undisturbed one; it did not.")
+        raise RuntimeError("The killed run must end like the undisturbed one; it did not.")
 
 
 main = make_main(_crash, options=CrashOptions)

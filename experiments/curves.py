@@ -29,7 +29,7 @@ def curves(
     Args:
         runs: Folders of runs that were evaluated during training
             (`experiments.train --eval-every`).
-        out: File of the figure.
+        out: File to write the figure to.
     """
     rows = []
     with error_figure(out, xlabel="step") as axes:
@@ -49,7 +49,7 @@ def read_curve(folder: Path) -> Curve:
     """
     records = [r for r in read_jsonl(folder / "metrics.jsonl") if "eval_error" in r]
     if not records:
-        raise ValueError(f"{folder} must hold a run that was evaluated; this one was not yet.")
+        raise ValueError(f"{folder} must hold evaluations, received none; train with --eval-every.")
     errors = [100 * record["eval_error"] for record in records]
     return Curve(folder.name, [record["step"] for record in records], errors)
 

@@ -35,7 +35,7 @@ def detect(
     Args:
         model: Folder of a run, or a file that `experiments.convert` wrote.
         files: Image files.
-        threshold: Smallest score of a detection that is kept.
+        threshold: Minimum score of the detections to keep.
         figure: File for a figure of the images with their detections.
         json: File for the detections in COCO's format for results, with names of files and classes.
     """
@@ -68,8 +68,8 @@ def detect_files(
 ) -> list[dict[str, Any]]:
     """Returns the detections in all files, as JSON values in COCO's format for results.
 
-    Each has the name of its file as ``file_name`` and of its class as ``category``. Boxes and masks
-    are in pixels of the file's own image.
+    Each has the name of its file as ``file_name`` and the name of its class as ``category``. Boxes
+    and masks are in pixels of the original image.
 
     Raises:
         ValueError: For a model of another task.
@@ -77,8 +77,8 @@ def detect_files(
     recipe = model.recipe
     if not isinstance(recipe, DetectionRecipe):
         raise ValueError(
-            "The model must be a detector, received one of another task; for classes run "
-            "python -m experiments.predict."
+            "The model must be a detector, received one of another task; for classification "
+            "run python -m experiments.predict."
         )
     predict, data = jax.jit(model.predict_fn()), recipe.data_of_run(model.facts)
     found = []

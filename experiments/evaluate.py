@@ -28,14 +28,14 @@ def evaluate(
 
     Args:
         model: Folder of a run, or a file that `experiments.convert` wrote.
-        split: Split in the syntax of tensorflow-datasets; that of the model's recipe if None.
-        data_dir: Folder of datasets; that of the model's recipe if None.
-        batch_size: Number of samples at once on each device.
+        split: Split in the syntax of tensorflow-datasets; the recipe's if None.
+        data_dir: Folder of datasets; the recipe's if None.
+        batch_size: Number of samples in a batch, on each device.
         json: File to write the metrics to.
         results: File to write a detector's detections to, in COCO's format for results.
 
     Raises:
-        ValueError: For data whose classes are not the model's, or results asked of another task.
+        ValueError: For data whose classes are not the model's, or ``results`` for no detector.
     """
     trained = load_model(model)
     changes = {"eval_split": split, "data_dir": data_dir, "results": results}

@@ -23,7 +23,7 @@ def predict(
 
     Args:
         model: Folder of a run, or a file that `experiments.convert` wrote.
-        files: Image files; they are prepared as evaluation prepares them.
+        files: Image files, which are prepared as in evaluation.
         top: Number of predictions to show for each file.
     """
     if not files or top < 1:

@@ -1,8 +1,8 @@
 """Writes a detection dataset that needs no internet: `python -m experiments.scenes`.
 
-Items of Fashion-MNIST in many sizes and colors, one before another, stand before photographs that
-come with scikit-image. Each image has the boxes and the visible pixels of its items, in COCO's
-format. Training and validation share neither items nor photographs.
+Items of Fashion-MNIST, in many sizes and colors and partly hidden by each other, stand in front of
+photographs that come with scikit-image. Each image has the boxes and the visible pixels of its
+items, in COCO's format. Training and validation share neither items nor photographs.
 
 The 9,500 images take about 30 seconds and 100 MB.
 """
@@ -40,9 +40,9 @@ PHOTOGRAPHS = {
 }
 _ITEMS = {"train": "train", "val": "test"}
 _MOST_ITEMS = 5
-_SMALLEST, _LARGEST = 0.2, 0.6  # sides of an item, as shares of the image's
-_VISIBLE = 0.4  # share of its pixels that every item must show
-_QUALITY = 95  # of the JPEG files
+_SMALLEST, _LARGEST = 0.2, 0.6  # sides of an item, as fractions of the image's side
+_VISIBLE = 0.4  # fraction of its pixels that every item must show
+_QUALITY = 95  # quality of the JPEG files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class ScenesOptions:
         train: Number of training images.
         val: Number of validation images.
         size: Side of the images, in pixels.
-        seed: Seed of everything that is drawn.
-        figure: File for a figure of a few images; none if not given.
+        seed: Seed of all random choices.
+        figure: File for a figure of a few images; None draws none.
         data_dir: Folder of datasets; a folder in the user's cache by default.
     """
 
@@ -136,7 +136,7 @@ def load_photographs(split: str) -> list[np.ndarray]:
     photographs = []
     for name in PHOTOGRAPHS[split]:
         photograph = getattr(data, name)()
-        if isinstance(photograph, tuple):  # of two eyes
+        if isinstance(photograph, tuple):  # a stereo pair
             photograph = photograph[0]
         if photograph.ndim == 2:
             photograph = np.repeat(photograph[..., np.newaxis], 3, axis=-1)
@@ -152,7 +152,7 @@ def draw_scenes(
     size: int,
     seed: Sequence[int],
 ) -> Iterator[Scene]:
-    """Draws scenes, each from a generator of its own."""
+    """Draws scenes, each with a random generator of its own."""
     for index in range(count):
         rng = np.random.default_rng((*seed, index))
         background = _background(photographs[int(rng.integers(len(photographs)))], size, rng)
@@ -160,7 +160,7 @@ def draw_scenes(
 
 
 def draw_scene(items: ImageSource, background: np.ndarray, rng: np.random.Generator) -> Scene:
-    """Draws one to five items before a background, float32 ``[size, size, 3]`` from 0 to 1."""
+    """Draws one to five items on a background, float32 ``[size, size, 3]`` from 0 to 1."""
     image, size = background.copy(), len(background)
     owner = np.zeros((size, size), int)  # which item, counted from 1, each pixel shows
     labels: list[int] = []
@@ -176,7 +176,7 @@ def draw_scene(items: ImageSource, background: np.ndarray, rng: np.random.Genera
         full = [*full_areas, int(covers.sum())]
         visible = np.bincount(changed.ravel(), minlength=len(full) + 1)[1:]
         if (visible <= _VISIBLE * np.array(full)).any():
-            continue  # It would hide another, so the scene has one item fewer.
+            continue  # An item would be too hidden, so the scene has one item fewer.
         image += alpha[..., np.newaxis] * (pixels - image)
         owner, full_areas = changed, full
         labels.append(int(items.labels[index]))
@@ -249,7 +249,7 @@ def _cut_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a tinted item, float32 ``[side, side, 3]``, and its opacity ``[side, side]``."""
     cv2 = require("cv2", extra="jpeg")
-    # The outline without its faint fringe, filled: dark cloth is part of the item.
+    # Fills the outline without its faint fringe, since dark cloth is part of the item.
     outlines, _ = cv2.findContours(
         (item > 12).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
     )
@@ -265,7 +265,7 @@ def _cut_out(
 
 
 def _place(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    """Returns zeros ``[size, size, ...]`` with pixels in their place, cut off at the edges."""
+    """Places pixels in zeros ``[size, size, ...]``, cut off at the edges."""
     side = len(pixels)
     canvas = np.zeros((size + 2 * side, size + 2 * side, *pixels.shape[2:]), pixels.dtype)
     canvas[top + side : top + 2 * side, left + side : left + 2 * side] = pixels

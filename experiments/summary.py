@@ -1,4 +1,4 @@
-"""Parameters, operations and memory of the networks: `python -m experiments.summary`."""
+"""Prints parameters, operations and memory of networks: `python -m experiments.summary`."""
 
 import functools
 import sys
@@ -30,8 +30,8 @@ def summary(
     """Prints the parameters, operations and activation memory of networks.
 
     Args:
-        models: Networks, as in a recipe's name; all by default. ImageNet's take 224x224 images and
-            have 1000 classes, CIFAR's take 32x32 images and have 10 classes.
+        models: Networks, named as in a recipe's name; all by default. ImageNet networks take
+            224x224 images and have 1000 classes. CIFAR networks take 32x32 images and have 10.
         norm: Normalization and weights, {norm}[_{weight}] as in a recipe's name.
         json: File to write the numbers to.
     """
@@ -41,7 +41,7 @@ def summary(
     for name in models:
         row = summaries[name] = summarize_model(name, norm)._asdict()
         cells = (show(({"network": name} | row)[key]) for key, (_, show) in _COLUMNS.items())
-        # Row by row, since deep networks take seconds each.
+        # Printed row by row, since deep networks take seconds each.
         print("".join(f"{cell:>18}" for cell in cells), flush=True)
     if json is not None:
         write_json(json, {"norm": norm, "models": summaries})
@@ -57,7 +57,7 @@ def summarize_model(name: str, norm: str) -> ModelSummary:
     recipe, facts = get_recipe(f"{data}_{name}_{norm}"), PUBLISHED_FACTS[data]
     model = make_model(recipe, num_classes=len(facts.class_names))
     if recipe.weight.kind != "none":
-        # In training a transform standardizes; in the model it is counted with the rest.
+        # In training a transform standardizes; here the layers do, so that it is counted too.
         model = model.clone(conv=functools.partial(WSConv, preset=recipe.weight.convention))
     return summarize(model, facts.image_shape)
 

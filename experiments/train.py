@@ -75,7 +75,7 @@ def train(
     Args:
         recipe: Recipe to run.
         out: Folder of the run. A run that was stopped resumes there.
-        eval_every: Number of steps between evaluations; evaluates at the end only if None.
+        eval_every: Number of steps between evaluations; if None, evaluates only at the end.
         checkpoint_every: Number of steps between checkpoints.
         log_every: Number of steps between records of training metrics.
         tensorboard: Whether to write TensorBoard's files too.
@@ -91,7 +91,7 @@ def train(
     experiment = dataclasses.replace(
         recipe.experiment(recipe.load_data()), trained=recipe.trained_variables()
     )
-    program = experiment.compile()  # Refuses a batch that does not divide, before files are made.
+    program = experiment.compile()  # Refuses an indivisible batch before files are made.
     config = LoopConfig(
         steps=experiment.steps,
         log_every=log_every,

@@ -1,4 +1,4 @@
-"""Imports of optional packages."""
+"""Imports optional packages."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""One writer of a folder at a time."""
+"""A lock that gives a folder one writer at a time."""
 
 import contextlib
 import fcntl
@@ -16,14 +16,14 @@ class FolderInUseError(RuntimeError):
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to a folder, which is made if absent.
+    """Locks a folder for one writer; creates the folder if it is absent.
 
     The file ``.lock`` names the owner. The operating system frees the lock when the owner ends,
-    however it ends, so that no stale lock is ever in the way. Of a run in several processes, one
-    must lock. On a file system without locks there is a warning.
+    however it ends, so a lock is never stale. In a run of several processes, only one may lock the
+    folder. A file system without locks causes a warning.
 
     Raises:
-        FolderInUseError: If another process, or another block of this one, holds the lock.
+        FolderInUseError: If another process, or another block in this process, holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
@@ -37,10 +37,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 "it or stop it, or choose another folder."
             ) from None
         except OSError as error:
-            warnings.warn(f"{folder} cannot be locked: {error}. Start one run there.", stacklevel=3)
+            warnings.warn(
+                f"{folder} cannot be locked: {error}. Start only one run there.", stacklevel=3
+            )
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         owner = f"process {os.getpid()} on {platform.node()} since {since}"
-        with contextlib.suppress(OSError):  # A full disk, which is not for the lock to report.
+        with contextlib.suppress(OSError):  # A full disk is not reported here.
             os.write(file.fileno(), owner.encode())
         yield

@@ -6,9 +6,10 @@
     python -m experiments.bench data --json runs/data.json
     python -m experiments.bench detection --json runs/detection.json --against torch
 
-Every form runs once per round, in an order that changes. A ratio is the median over rounds of two
-times of the same round. A form's spread is the interquartile range of its times over their median:
-measure on a quiet machine, and trust no difference that is small beside it. PyTorch suffers most
-from other work: with both of two cores busy its ResNet-50 step took thirty times as long, ours two
-times. `python -m experiments.aot` prints memory and time as the compiler estimates them.
+Every form runs once per round, in an order that changes. A ratio is the median over rounds of the
+ratio of two times in the same round. A form's spread is the interquartile range of its times
+divided by their median. Measure on a quiet machine, and trust no difference that is small beside
+the spread. Other work slows PyTorch most: with both of two cores busy, its ResNet-50 step took 30
+times as long, ours twice. `python -m experiments.aot` prints memory and time as the compiler
+estimates them.
 """

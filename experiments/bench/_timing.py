@@ -17,7 +17,7 @@ from experiments._tables import table
 from wsbcn_flax._extras import require
 from wsbcn_flax.training.progress import Progress
 
-Key = tuple[str, Any]  # Name of what is timed, and its pass or number of threads.
+Key = tuple[str, Any]  # Name of the timed form, and its pass or number of threads.
 Call = Callable[[], Any]
 Times = Mapping[Key, np.ndarray]  # Seconds of every call, [rounds].
 Shape = tuple[int, int, int, int]
@@ -30,8 +30,8 @@ class Measurement(abc.ABC):
     """The options of every measurement.
 
     Attributes:
-        json: File to write the figures to, replacing it; if None, only tables are printed.
-        quick: Whether to do only what shows that everything runs; the figures mean nothing.
+        json: File to write the figures to, replaced if it exists; None only prints tables.
+        quick: Whether to do the least that shows that everything runs; the figures mean nothing.
         repeats: Number of rounds in which each form is timed once; at most three if ``quick``.
     """
 
@@ -56,7 +56,7 @@ class Measurement(abc.ABC):
 def interleaved_seconds(
     calls: Mapping[Key, Call], *, rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Key, np.ndarray]:
-    """Times every call once per round, so that disturbances of the machine reach all calls alike.
+    """Times every call once per round, so that disturbances affect all calls alike.
 
     Each call is first compiled and run once more. The order changes from round to round, see
     `balanced_order`. A call's time ends when all of its results are ready.
@@ -73,17 +73,17 @@ def interleaved_seconds(
                 begin = clock()
                 result = jax.block_until_ready(calls[key]())
                 seconds[key][index] = clock() - begin
-                del result  # Freed here, outside of the time taken.
+                del result  # Freed here, outside of the measured time.
             progress.update(len(calls) + index + 1)
     return seconds
 
 
 def balanced_order(count: int, index: int) -> list[int]:
-    """Returns the order of ``count`` calls in round ``index``: rotations of a zigzag.
+    """Returns the order of ``count`` calls in round ``index``, a rotation of a zigzag.
 
-    The call before it changes a call's time by a tenth or more, through the caches and the memory
-    it leaves behind. In ``count`` rounds (twice as many if that is odd) every call stands at every
-    place equally often, and follows every other equally often (Williams, 1949).
+    The previous call changes a call's time by a tenth or more, through the caches and memory that
+    it leaves behind. In ``count`` rounds (twice as many if ``count`` is odd), every call takes each
+    place, and follows each other call, equally often (Williams, 1949).
 
     Example:
         >>> [balanced_order(4, index) for index in range(4)]
@@ -97,8 +97,8 @@ def balanced_order(count: int, index: int) -> list[int]:
 def figures(seconds: np.ndarray, **references: np.ndarray) -> dict[str, float]:
     """Returns a call's ratios to references, its median in ms, and its spread.
 
-    A ratio is the median over rounds of two times of the same round. The spread is the
-    interquartile range over the median.
+    A ratio is the median over rounds of the ratio of two times in the same round. The spread is the
+    interquartile range divided by the median.
     """
     low, median, high = map(float, np.quantile(seconds, (0.25, 0.5, 0.75)))
     ratios = {f"ratio_to_{k}": float(np.median(seconds / each)) for k, each in references.items()}
@@ -116,7 +116,7 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def load_torch() -> Any:
-    """Imports PyTorch's side of the measurements, and gives PyTorch all cores, as XLA has."""
+    """Imports the measurements of PyTorch, and gives PyTorch all cores, as XLA has."""
     torch = require("torch", extra="torch")
     torch.set_num_threads(os.cpu_count() or 1)
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -124,7 +124,7 @@ def load_torch() -> Any:
 
 
 def normal_arrays(*shapes: Shape) -> list[np.ndarray]:
-    """Makes float32 arrays of a normal distribution, the same in every run."""
+    """Makes normally distributed float32 arrays, the same in every run."""
     generator = np.random.default_rng(0)
     return [generator.standard_normal(shape, np.float32) for shape in shapes]
 
@@ -132,9 +132,9 @@ def normal_arrays(*shapes: Shape) -> list[np.ndarray]:
 def both_passes(
     name: str, function: Callable[..., Any], fixed: Any, cotangent: Any, *arguments: Any
 ) -> dict[Key, Call]:
-    """Makes the jitted calls of ``function(fixed, *arguments) -> (output, rest)``, by pass.
+    """Makes a jitted call for each pass of ``function(fixed, *arguments) -> (output, rest)``.
 
-    The second pass returns the output, the gradients of ``arguments``, and the rest.
+    "forward_backward" returns the output, the gradients of ``arguments``, and the rest.
     """
 
     def forward_backward(fixed, cotangent, *arguments):

@@ -1,4 +1,4 @@
-"""PyTorch's normalization layers, its training step of ResNet-50 with GN+WS, torchvision's RoIs.
+"""Calls of PyTorch's normalization layers and GN+WS ResNet-50 step, and of torchvision's RoIs.
 
 Layers and step are measured in both memory formats, NCHW and NHWC.
 """
@@ -23,7 +23,7 @@ _EPSILON = 1e-5
 
 
 def layer_calls(num_groups: int, shape: Shape) -> dict[Key, Call]:
-    """Makes training calls of the layers, for the input and cotangent that ours have."""
+    """Makes training calls of the layers, on the same input and cotangent as for ours."""
     batch_norm, group_norm = nn.BatchNorm2d(shape[-1]), nn.GroupNorm(num_groups, shape[-1])
     norms = {
         "torch_batch_norm": batch_norm,
@@ -43,7 +43,7 @@ def layer_calls(num_groups: int, shape: Shape) -> dict[Key, Call]:
 
 
 def _to_torch(array: np.ndarray, memory_format: Any) -> Any:
-    """Returns a tensor [B, C, H, W] of an array [B, H, W, C]."""
+    """Converts an array [B, H, W, C] to a tensor [B, C, H, W]."""
     return torch.from_numpy(array).permute(0, 3, 1, 2).clone(memory_format=memory_format)
 
 
@@ -53,10 +53,10 @@ def _forward_backward(layer: nn.Module, x: Any, cotangent: Any) -> Any:
 
 
 class WeightStandardization(nn.Module):
-    """Weight Standardization of a kernel [O, I, H, W] by the batch normalization kernel.
+    """Weight Standardization of a kernel [O, I, H, W] by PyTorch's batch normalization.
 
-    It is the fastest way PyTorch has, which timm uses. A weight turns that kernel's biased variance
-    into the unbiased one of ``wsbcn_flax.standardize``.
+    This is PyTorch's fastest way, and timm uses it. A weight turns the biased variance of batch
+    normalization into the unbiased one of ``wsbcn_flax.standardize``.
     """
 
     def forward(self, kernel: Any) -> Any:
@@ -94,7 +94,7 @@ def _training_call(batch: Mapping[str, np.ndarray], memory_format: Any) -> Call:
     model.to(memory_format=memory_format)
     images = _to_torch(batch["image"], memory_format)
     labels = torch.from_numpy(batch["label"]).long()
-    # The learning rate is that of our step; one fused kernel updates all parameters.
+    # Our step has the same learning rate; one fused kernel updates all parameters.
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
     )
@@ -117,7 +117,7 @@ def nms_calls(boxes: np.ndarray, scores: np.ndarray) -> dict[Key, Call]:
 
 
 def roi_calls(features: np.ndarray, cotangent: np.ndarray, boxes: np.ndarray) -> dict[Key, Call]:
-    """Makes the calls of torchvision's RoIAlign of features [1, H, W, C]."""
+    """Makes the calls of torchvision's RoIAlign on features [1, H, W, C]."""
     x, dy = (_to_torch(array, torch.contiguous_format) for array in (features, cotangent))
     x.requires_grad_()
     bins, rois = tuple(dy.shape[2:]), [torch.from_numpy(boxes)]

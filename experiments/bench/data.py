@@ -23,13 +23,12 @@ class Data(timing.Measurement):
     """Measures images per second of the input pipelines that recipes train on.
 
     Attributes:
-        in_memory: Name of the dataset in memory, which one thread makes batches of.
+        in_memory: Name of the dataset in memory; one thread makes its batches.
         jpegs: Number of JPEG files to make, of about 500x375 pixels; at most 16 if ``quick``.
         image_size: Side of the crops of the files, in pixels.
-        batch: Number of images in a batch; at most that of the files.
-        threads: Numbers of threads to decode files with; 0 works in the thread that asks for a
-            batch.
-        repeats: Number of passes over each set that are timed; at most three if ``quick``.
+        batch: Number of images in a batch; at most the number of files.
+        threads: Numbers of threads to decode files with; 0 decodes in the calling thread.
+        repeats: Number of timed passes over each dataset; at most three if ``quick``.
     """
 
     in_memory: Literal["mnist5k", "digits", "fashion", "mnist", "cifar10", "cifar100"] = "mnist5k"
@@ -90,8 +89,8 @@ def data_rows(seconds: Times, images: Mapping[Key, int]) -> list[dict[str, Any]]
 def write_jpegs(root: Path, count: int) -> None:
     """Writes ``imagenet/{train,val}/CLASS/NAME.JPEG``, the same ``count`` images in both.
 
-    Smooth noise is as large as ImageNet's files (90 kB), and as slow to decode. Sides are 500 and
-    375 pixels; they differ by up to a tenth.
+    The images are smooth noise, whose files are as large as ImageNet's (90 kB) and as slow to
+    decode. Sides are 500 and 375 pixels, varied by up to a tenth.
     """
     pil = require("PIL.Image", extra="train")
     generator = np.random.default_rng(0)

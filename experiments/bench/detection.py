@@ -1,4 +1,4 @@
-"""The detector's suppression and RoIAlign alone, against torchvision's on the same cores."""
+"""Measures detectors' suppression and RoIAlign, against torchvision's on the same cores."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ class Detection(timing.Measurement):
     """Times suppression and RoIAlign, forward and backward.
 
     Attributes:
-        boxes: Numbers of boxes that are suppressed, as one level of the pyramid proposes them.
-        regions: Number of regions that are pooled, of one image.
+        boxes: Numbers of boxes to suppress, as many as one level of the pyramid proposes.
+        regions: Number of regions to pool in one image.
         feature_map: Height, width and channels of the feature map, at a stride of 8 pixels.
         against: "torch" adds torchvision's operations.
     """
@@ -85,7 +85,7 @@ def nms_calls(boxes: np.ndarray, scores: np.ndarray) -> dict[Key, Call]:
 
 
 def roi_calls(features: np.ndarray, cotangent: np.ndarray, boxes: np.ndarray) -> dict[Key, Call]:
-    """Makes the calls of our RoIAlign of features [1, H, W, C], by both implementations."""
+    """Makes the calls of our RoIAlign on features [1, H, W, C], with both implementations."""
     image_index = jnp.zeros(len(boxes), jnp.int32)
     calls: dict[Key, Call] = {}
     for implementation in ("gather", "einsum"):

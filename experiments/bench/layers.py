@@ -1,4 +1,4 @@
-"""Measures normalization layers in training, against flax.linen.BatchNorm and PyTorch's."""
+"""Measures normalization layers, PyTorch's too, in training, relative to linen.BatchNorm."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from wsbcn_flax import BatchChannelNorm
 _RATIOS = ("ratio_to_batchnorm", "ratio_to_naive", "ratio_to_minimum")
 _WRITTEN = ("norm", "pass", "ratio_to_batchnorm", "median_ms", "spread")
 # Minimum memory traffic of a normalization, in elementwise passes, which read and write one array.
-# Forward, x is read twice and y written; backward adds x and the cotangent, both twice, and dx.
+# Forward reads x twice and writes y; backward reads x and the cotangent twice and writes dx.
 _MINIMUM = {"forward": 1.5, "forward_backward": 4.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers(timing.Measurement):
-    """Times normalization layers in training, against flax.linen.BatchNorm.
+    """Times normalization layers in training, relative to flax.linen.BatchNorm.
 
     Attributes:
         shapes: Shapes of the float32 activations: batch, height, width and channels.
@@ -85,10 +85,10 @@ def normalizations(num_groups: int) -> dict[str, nn.Module]:
 
 
 def layer_calls(norms: Mapping[str, nn.Module], shape: Shape) -> dict[Key, Call]:
-    """Makes a training call of every layer: forward, and with gradients of parameters and input.
+    """Makes training calls of every layer: forward, and with gradients of parameters and input.
 
-    All layers see the same float32 input and cotangent, and return what training needs of them:
-    the output, the gradients and the new running statistics. One elementwise pass over x is added.
+    All layers receive the same float32 input and cotangent. They return the output, the gradients
+    and the new running statistics. One elementwise pass over x is added.
     """
     x, cotangent = map(jnp.asarray, timing.normal_arrays(shape, shape))
     calls = timing.elementwise(x)
@@ -122,7 +122,7 @@ def layer_rows(seconds: Times) -> list[dict[str, Any]]:
 
 
 def mean_rows(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns geometric means over shapes, a table of each, of the ratios of layers."""
+    """Returns geometric means of the layers' ratios over shapes, each of which has a table."""
     return [
         {"norm": rows[0]["norm"], "pass": rows[0]["pass"]}
         | {key: statistics.geometric_mean(row[key] for row in rows) for key in _RATIOS}

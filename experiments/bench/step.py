@@ -1,4 +1,4 @@
-"""Measures a training step of one network with each normalization, against BatchNorm's."""
+"""Measures a training step of one network with each normalization, relative to BatchNorm."""
 
 import dataclasses
 from typing import Any, Literal
@@ -18,7 +18,7 @@ _QUICK_RECIPE = "digits_resnet8_bcn_ws"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(timing.Measurement):
-    """Times a training step of a network, SGD with momentum in float32, against BatchNorm's.
+    """Times a network's training step, SGD with momentum in float32, relative to BatchNorm's.
 
     Attributes:
         recipe: Name of a recipe, for its network and optimizer; a small recipe if ``quick``.
@@ -26,7 +26,7 @@ class Step(timing.Measurement):
             bcn and bcn_ws, weight standardization is also timed alone.
         image_size: Side of ImageNet's images, in pixels; other images keep their size.
         batch: Number of images in a step.
-        micro: Number of images in a micro-batch, the whole batch if None; PyTorch's step has none.
+        micro: Number of images in a micro-batch; the whole batch if None, and always for PyTorch.
         against: "torch" adds ResNet-50 with GN+WS, ours and PyTorch's in both memory formats.
     """
 
@@ -42,7 +42,7 @@ class Step(timing.Measurement):
         super().__post_init__()
         if self.against == "torch" and get_recipe(self.recipe).model.name != "resnet50":
             raise ValueError(
-                "--against torch has a ResNet-50 alone to compare with, received the recipe "
+                "--against torch compares only ResNet-50, received the recipe "
                 f"{self.recipe}. Leave out --recipe."
             )
 
@@ -71,9 +71,9 @@ class Step(timing.Measurement):
 def training_call(recipe: Recipe, image_size: int, batch: int, *, micro: int | None = None) -> Call:
     """Makes a recipe's training step on one device that continues from the state of its last call.
 
-    The compiled step takes over the memory of the state it is given, so that each call must be
-    given the state of the one before. Images are random and the same at every step, and the
-    learning rate is so low that numbers stay what they are in training.
+    The compiled step reuses the memory of the state that it receives, so each call must receive the
+    state of the previous call. Images are random and the same at every step. The learning rate is
+    so low that values stay in the range of training.
     """
     experiment = dataclasses.replace(
         recipe,
@@ -96,7 +96,7 @@ def training_call(recipe: Recipe, image_size: int, batch: int, *, micro: int | N
 
 
 def random_batch(shape: Shape) -> dict[str, np.ndarray]:
-    """Makes images of a normal distribution, and labels of the ten classes all datasets have."""
+    """Makes normally distributed images, and labels of the ten classes all datasets have."""
     (images,) = timing.normal_arrays(shape)
     return {"image": images, "label": np.arange(shape[0], dtype=np.int32) % 10}
 
@@ -104,8 +104,8 @@ def random_batch(shape: Shape) -> dict[str, np.ndarray]:
 def step_rows(seconds: Times) -> list[dict[str, Any]]:
     """Returns a row for each call, and for the time that weight standardization adds to BCN's step.
 
-    All have ratios to BatchNorm's step and, as far as they were timed, to BCN+WS's, to weight
-    standardization alone, and to PyTorch's in both memory formats, of which the faster counts.
+    Each has a ratio to BatchNorm's step. If timed, there are also ratios to BCN+WS's step, to
+    weight standardization alone, and to PyTorch's step in both memory formats; the faster counts.
     """
     times = {name: each for (name, _), each in seconds.items()}
     references = {"batchnorm": times["bn"]}

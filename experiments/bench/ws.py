@@ -1,4 +1,4 @@
-"""Measures weight standardization of ResNet-50's kernels, against one elementwise pass."""
+"""Measures weight standardization of ResNet-50's kernels, relative to an elementwise pass."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from wsbcn_flax.models import ResNet50
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightStandardization(timing.Measurement):
-    """Times weight standardization of ResNet-50's kernels, against one elementwise pass."""
+    """Times weight standardization of ResNet-50's kernels, relative to an elementwise pass."""
 
     repeats: int = 20
 
@@ -65,7 +65,7 @@ def weight_calls(shapes: list[Shape]) -> dict[Key, Call]:
 
 
 def standardize_by_autodiff(kernel: jax.Array) -> jax.Array:
-    """Computes ``standardize``'s default preset, which JAX is left to differentiate."""
+    """Computes ``standardize``'s default preset, and leaves derivatives to JAX."""
     axes = tuple(range(kernel.ndim - 1))
     mean = jnp.mean(kernel, axes, keepdims=True)
     var = jnp.var(kernel, axes, ddof=1, keepdims=True)

@@ -19,7 +19,7 @@ _NORMS: tuple[str, ...] = typing.get_args(Norm)
 _WEIGHTS: tuple[str, ...] = typing.get_args(Weight)[1:]
 _FAMILIES = (small, cifar, imagenet, coco, scenes)
 _RECIPES: list[Recipe] = [recipe for family in _FAMILIES for recipe in family.RECIPES]
-# Every name, with a recipe and the normalization that it is given.
+# Recipes by name, each with the name of the normalization to give it.
 _NAMES: dict[str, tuple[Recipe, str]] = {
     f"{recipe.data.name}_{recipe.model.name}_{norm}{weight}": (recipe, f"{norm}{weight}")
     for recipe in _RECIPES
@@ -43,7 +43,7 @@ def get_recipe(name: str) -> Recipe:
     """Returns the recipe of that name.
 
     Raises:
-        ValueError: For an unknown name; it lists the nearest.
+        ValueError: For an unknown name; the message lists the nearest names.
     """
     if name not in _NAMES:
         near = difflib.get_close_matches(name, _NAMES, n=3) or recipe_names()[:3]
@@ -70,7 +70,7 @@ def describe_names(*, separator: str) -> str:
 
 
 def describe(name: str) -> str:
-    """Describes a recipe: its published result if it has one, and its cost."""
+    """Describes a recipe's cost, and its published result if there is one."""
     recipe = get_recipe(name)
     train_size = _TRAIN_SIZES[recipe.data.name]
     steps = round(recipe.epochs * (train_size // recipe.batch.size))
@@ -102,7 +102,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Returns the recipe that `recipe_to_dict` turned into ``values``.
 
     Raises:
-        ValueError: For values that are not a recipe's, such as those of another version.
+        ValueError: For values that are not a recipe's, such as values of another version.
     """
     values = dict(values)
     try:

@@ -18,9 +18,9 @@ def step_recipe(
     weight_decay: float = 1e-4,
     decay: float = 0.1,
 ) -> ClassificationRecipe:
-    """Returns a recipe of SGD with momentum 0.9, from a learning rate of 0.1, in steps.
+    """Returns a recipe of SGD with momentum 0.9 and a learning rate that falls from 0.1 in steps.
 
-    The rate is multiplied by ``decay`` at ``milestones``, in epochs. Weight decay is of all
+    The rate is multiplied by ``decay`` at ``milestones``, in epochs. Weight decay applies to all
     parameters, scales and biases included.
     """
     return ClassificationRecipe(

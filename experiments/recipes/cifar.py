@@ -2,10 +2,10 @@
 
     python -m experiments.train cifar10_resnet110_bcn_ws
 
-The authors forked that code base; its TRAINING.md gives these numbers. SGD has
-momentum 0.9 and a rate of 0.1, which ``decay`` multiplies at every milestone. All parameters decay.
-Images are padded by 4 pixels, cropped and flipped. The groups are the most, up to 32, that divide
-the narrowest layer into groups of four or more channels.
+The authors forked that code base; its TRAINING.md gives these numbers. SGD has momentum 0.9 and a
+learning rate of 0.1, which is multiplied by ``decay`` at every milestone. Weight decay applies to
+all parameters. Images are padded by 4 pixels, cropped and flipped. The number of groups is the
+largest, up to 32, that divides the narrowest layer into groups of four or more channels.
 """
 
 import functools
@@ -46,8 +46,8 @@ def _recipes(name: str) -> list[ClassificationRecipe]:
 RECIPES = [*_recipes("cifar10"), *_recipes("cifar100")]
 
 # Error in %, and FLOPs of the convolutions, forward and backward. WRN-28-10 has dropout 0.3.
-# PreResNet-110 there stacked 18 bottlenecks a stage, which the papers count as 164 layers: the
-# published number is that of preresnet164 here.
+# PreResNet-110 in that code stacks 18 bottlenecks a stage, which the papers count as 164 layers.
+# Its published number belongs to preresnet164 here.
 SOURCE = "README of bearpaw/pytorch-classification"
 PUBLISHED = {
     "cifar10_resnet110_bn": Published("6.11 %", SOURCE, 1.2e16),

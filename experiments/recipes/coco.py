@@ -2,11 +2,11 @@
 
     python -m experiments.train coco_mask_rcnn_r50_gn_ws --data.no-caffe --model.weights R50.pth.tar
 
-Their code is a fork of maskrcnn-benchmark. SGD has momentum 0.9 and a rate of 0.00125 for each
-image of the batch. It starts with 500 steps of linear warm-up from a third, and is divided by 10 at
-two milestones. Biases learn twice as fast and do not decay. Stem and first stage are frozen. Images
-have a shorter side of 800 pixels. GN and BCN have 32 groups. Backbones start from ImageNet's
-weights, which `model.weights` names.
+Their code is a fork of maskrcnn-benchmark. SGD has momentum 0.9 and a learning rate of 0.00125 for
+each image of the batch. The rate starts with 500 steps of linear warm-up from a third, and is
+divided by 10 at two milestones. Biases learn twice as fast and do not decay. Stem and first stage
+are frozen. Images have a shorter side of 800 pixels. GN and BCN have 32 groups. Backbones start
+from weights trained on ImageNet, which `model.weights` names.
 """
 
 from experiments._detection import COCO_FACTS, DetectionRecipe, DetectorConfig

@@ -2,9 +2,9 @@
 
     python -m experiments.train imagenet_resnet50_bcn_ws
 
-SGD has momentum 0.9 and a rate of 0.1, which is divided by 10 at every milestone. All parameters
-decay by 1e-4, scales and biases included, as in PyTorch's SGD. Images are randomly cropped, resized
-and flipped. GN and BCN have 32 groups. The last scale of each residual branch starts at zero.
+SGD has momentum 0.9 and a learning rate of 0.1, divided by 10 at every milestone. Weight decay is
+1e-4 for all parameters, scales and biases too, as in PyTorch's SGD. Images are randomly cropped,
+resized and flipped. GN and BCN have 32 groups. The last scale of each residual branch starts at 0.
 """
 
 import functools

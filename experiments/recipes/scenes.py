@@ -2,8 +2,8 @@
 
     python -m experiments.train scenes_mask_rcnn_tiny_bcn_ws --batch.micro 1
 
-The network has 1.3 million parameters and one block in each stage. It is trained from scratch on
-images of 128 pixels, by Adam with a rate of 1e-3 for 8 images, and cosine decay after a warm-up.
+The network has 1.3 million parameters and one block in each stage. AdamW trains it from scratch,
+on batches of 8 images of 128x128 pixels. The learning rate is 1e-3, with warm-up and cosine decay.
 """
 
 from experiments._detection import DetectionRecipe, DetectorConfig

@@ -2,9 +2,9 @@
 
     python -m experiments.train mnist5k_resnet8_bcn_ws --batch.micro 1
 
-Networks are narrow. They train for 8 epochs at batch 64, with cosine decay from 0.1 after one epoch
-of warm-up. GN and BCN have 4 groups. The README's tables give the expected results. Digits and
-garments of 28x28 pixels have little detail, so the stem has stride 2, at a quarter of the cost.
+Networks are narrow. They train for 8 epochs at batch size 64, with a learning rate of 0.1, one
+epoch of warm-up and cosine decay. GN and BCN have 4 groups. The README has the expected results.
+Images of 28x28 pixels have little detail, so their stem has stride 2, at a quarter of the cost.
 """
 
 from experiments._classification import ClassificationRecipe

@@ -179,7 +179,7 @@ def test_files_in_folders(tmp_path):
         (lambda _: encode(smooth_image(60, 41)), r"3\.png must be 60x40 .* received 60x41"),
         (
             lambda _: encode(smooth_image(40, 60)),
-            r"3\.png .* received 40x60 .* a camera notes is ignored",
+            r"3\.png .* received 40x60 .* the orientation tag is ignored",
         ),
     ],
 )

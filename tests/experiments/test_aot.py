@@ -87,7 +87,7 @@ def test_an_unknown_topology_is_one_line(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "batchnorm"], "A normalization is one of bn, gn"),
+        (["--against", "batchnorm"], "The normalization must be one of bn, gn"),
         (["--micro", "2"], "whole number of micro-batches"),
     ],
 )

@@ -61,7 +61,7 @@ def test_quick_never_adds_rounds():
     ("options", "message"),
     [
         ({"repeats": 0}, r"repeats must be at least 1, received 0"),
-        ({"recipe": "digits_resnet8_bn", "against": "torch"}, r"ResNet-50 alone .* digits_resnet8"),
+        ({"recipe": "digits_resnet8_bn", "against": "torch"}, r"only ResNet-50, .* digits_resnet8"),
     ],
 )
 def test_options_refuse_what_cannot_be_measured(options, message):

@@ -147,7 +147,7 @@ def test_bad_input_is_told_in_one_line(run, model, tmp_path, capsys):
         ),
         "No such file": lambda: predict.main([str(whole), str(tmp_path / "absent.png")]),
         "holds no image": lambda: evaluate.main([str(whole), "--split", "test[:0]"]),
-        "was not yet": lambda: curves.main([str(unevaluated(tmp_path))]),
+        "must hold evaluations": lambda: curves.main([str(unevaluated(tmp_path))]),
     }
     for message, command in cases.items():
         assert command() == 1

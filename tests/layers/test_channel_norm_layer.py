@@ -55,8 +55,8 @@ def test_a_mask_leaves_positions_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_groups": 2, "group_size": 4}, "num_groups or group_size"),
-        ({"num_groups": None}, "num_groups or group_size"),
+        ({"num_groups": 2, "group_size": 4}, "one of num_groups and group_size"),
+        ({"num_groups": None}, "one of num_groups and group_size"),
         ({"num_groups": None, "group_size": 3}, "group_size to divide"),
         ({"num_groups": 3}, "num_groups to divide"),
     ],

@@ -1,8 +1,8 @@
 """Datasets, transforms of examples, and batches made from them.
 
-`load_split` finds a dataset on this machine, `train_batches` and `eval_batches` make batches from
-it or from any other source of examples, and the transforms decode, crop, flip and normalize images.
-`load_coco` opens a dataset in COCO's format, and `CocoEvaluator` scores detections in it.
+`load_split` finds a dataset on this machine. `train_batches` and `eval_batches` make batches from
+it or from any other source of examples. The transforms decode, crop, flip and normalize images.
+`load_coco` opens a dataset in COCO's format, and `CocoEvaluator` scores detections against it.
 
 Importing this package is cheap. The packages of the extra ``train`` (grain, tensorflow-datasets,
 pillow), OpenCV and pycocotools are imported when first used.

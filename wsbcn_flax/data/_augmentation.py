@@ -13,13 +13,12 @@ from wsbcn_flax.data._decoding import import_cv2, resize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomCrop:
-    """Random crops of the zero-padded image, at its original size.
+    """A transform that crops the zero-padded image at random, to its original size.
 
-    It transforms an example (``[H, W, C]``) or a batch (``[N, H, W, C]``), a batch several times
-    as fast.
+    It transforms an example (``[H, W, C]``) or, several times as fast, a batch (``[N, H, W, C]``).
 
     Attributes:
-        padding: Pixels of black (0) added to each side; 0 crops nothing.
+        padding: Width of the black (0) border to add, in pixels; 0 crops nothing.
 
     Raises:
         ValueError: If ``padding`` is negative.
@@ -45,7 +44,7 @@ class RandomCrop:
         top, left = corners.reshape(-1, 2).T
         pad = (self.padding, self.padding)
         padded = np.pad(image.reshape(-1, height, width, channels), ((0, 0), pad, pad, (0, 0)))
-        # A view [N, top, left, H, W, C] of every possible crop: indexing it copies whole crops, an
+        # A view [N, top, left, H, W, C] of every possible crop. Indexing it copies whole crops, an
         # order of magnitude faster than gathering pixel by pixel.
         crops = np.moveaxis(sliding_window_view(padded, (height, width), axis=(1, 2)), 3, -1)
         return {**element, "image": crops[np.arange(len(top)), top, left].reshape(image.shape)}
@@ -53,9 +52,9 @@ class RandomCrop:
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip:
-    """Left-right mirror images with probability 1/2, of an example (by OpenCV) or of a batch.
+    """A transform that mirrors images left-right with probability 1/2.
 
-    Do not use it for digits or letters.
+    It transforms an example (with OpenCV) or a batch. Do not use it for digits or letters.
     """
 
     def random_map(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -76,11 +75,11 @@ class RandomFlip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """Random crops resized to a square, for ImageNet, as torchvision's RandomResizedCrop.
+    """A transform for ImageNet that resizes a random crop to a square, as torchvision does.
 
-    A crop has a share of the image's area uniform in ``area``, and a ratio of width to height
-    log-uniform in ``ratio``. A crop that does not fit is drawn again. After ten attempts it is
-    the largest central crop with a ratio in that range.
+    The crop's share of the image's area is uniform in ``area``, and its ratio of width to height is
+    log-uniform in ``ratio``. A crop that does not fit is drawn again. After ten attempts, the
+    largest central crop with a ratio in that range is taken.
     Reference: Szegedy et al., section 6 (https://arxiv.org/abs/1409.4842).
 
     Attributes:

@@ -13,17 +13,17 @@ from wsbcn_flax.data._objects import ResizeShorter
 from wsbcn_flax.data._pipeline import Batch, Source, eval_batches, train_batches
 
 COCO_BUCKETS = ((800, 1344), (1344, 800))
-"""Heights and widths in which every image of short side 800 and long side at most 1333 fits."""
+"""Bucket sizes (height, width) for images of shorter side 800 and longer side at most 1333."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PadImage:
-    """Pads an image at the bottom and on the right with zeros to the first bucket that it fits.
+    """A transform that zero-pads an image, bottom and right, to the first bucket that it fits.
 
-    After `Normalize`, zeros are the mean color.
+    After `Normalize`, zero is the mean color.
 
     Attributes:
-        buckets: Heights and widths, in pixels.
+        buckets: Bucket sizes (height, width), in pixels.
 
     Raises:
         ValueError: While mapping, if the image fits no bucket.
@@ -38,7 +38,7 @@ class PadImage:
     buckets: Sequence[tuple[int, int]] = COCO_BUCKETS
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
-        """Pads ``element["image"]``; adds its size before as "image_hw", int32 ``[2]``."""
+        """Pads ``element["image"]``; adds its unpadded size as "image_hw", int32 ``[2]``."""
         image = element["image"]
         height, width, channels = image.shape
         bucket = self.buckets[find_bucket(height, width, self.buckets)]
@@ -48,7 +48,7 @@ class PadImage:
 
 
 def find_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> int:
-    """Returns the number of the first bucket that an image fits.
+    """Returns the index of the first bucket that an image fits.
 
     Raises:
         ValueError: If it fits none.
@@ -68,7 +68,7 @@ def split_by_bucket(
     *,
     resize: ResizeShorter | None = None,
 ) -> list[CocoSource]:
-    """Splits a source into those of each bucket, in the order of the buckets.
+    """Splits a source into one source for each bucket, in the order of the buckets.
 
     Buckets without an image are left out.
 
@@ -92,11 +92,11 @@ def split_by_bucket(
 def bucketed_train_batches(
     sources: Sequence[Source], *, batch_size: int, seed: int, start_step: int = 0, **options: Any
 ) -> Iterator[Batch]:
-    """Makes endless batches, each from one of several sources, by `train_batches`.
+    """Makes endless batches with `train_batches`, each from one of several sources.
 
     A source that holds n of all N examples gives n of every N batches, in an order drawn from the
-    seed. The source of a batch depends on the seed and the step alone. Every host and a resumed run
-    take the same one.
+    seed. The source of a batch depends only on the seed and the step. Every host and a resumed run
+    use the same one.
 
     Args:
         sources: Sources such as those of `split_by_bucket`; each holds at least a batch.
@@ -146,14 +146,14 @@ def bucketed_train_batches(
 def bucketed_eval_batches(sources: Sequence[Source], **options: Any) -> Iterator[Batch]:
     """Reads sources one after the other; takes the arguments of `eval_batches`.
 
-    Every source ends with a batch that is filled up.
+    The last batch of each source is padded, as by `eval_batches`.
     """
     for source in sources:
         yield from eval_batches(source, **options)
 
 
 def _draw_round(sizes: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """Returns the sources of as many batches as there are examples, shuffled."""
-    # numpy freezes the stream of RandomState for good; default_rng's may change with a release.
+    """Returns shuffled indices of sources, each as often as the source has examples."""
+    # NumPy has frozen RandomState's stream for good; default_rng's may change with a release.
     rng = np.random.RandomState(np.random.SeedSequence((seed, number)).generate_state(4))
     return rng.permutation(np.repeat(np.arange(len(sizes)), sizes))

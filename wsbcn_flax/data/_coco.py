@@ -22,8 +22,8 @@ class CocoImage(NamedTuple):
         width: Width in pixels.
         boxes: Corners ``x1, y1, x2, y2`` in pixels, inside the image, float32 ``[n, 4]``.
         labels: Classes from 1 to K, int32 ``[n]``.
-        segmentations: For each object an RLE, or polygons as arrays ``[2 * points]``; None if
-            masks are not wanted.
+        segmentations: RLE of each object, or its polygons as arrays ``[2 * points]``; None if
+            masks are not loaded.
     """
 
     file_name: str
@@ -39,7 +39,7 @@ class CocoImage(NamedTuple):
 class CocoSource:
     """A source of images with boxes and masks; `load_coco` makes one.
 
-    Example i holds the fields of image i, a `CocoImage`, and under "image" the content of its file.
+    Example i holds the fields of the `CocoImage` i, and the content of its file under "image".
 
     Attributes:
         folder: Folder of the image files.
@@ -47,7 +47,7 @@ class CocoSource:
         class_names: Names by label; 0 is the background.
         category_ids: Ids in the annotation file by label; the background's is 0.
         name: Name of the dataset, for messages and logs.
-        skipped: Number of entries of each kind that the annotation file has and this source lacks.
+        skipped: Number of entries of each kind in the annotation file that this source leaves out.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class CocoSource:
         return {**example, "id": np.int32(image.id), "image": content}
 
     def select(self, indices: Iterable[int], *, name: str | None = None) -> "CocoSource":
-        """Returns the source of some of the images, in this order."""
+        """Returns a source of the images at ``indices``, in that order."""
         chosen = tuple(self.images[index] for index in indices)
         return dataclasses.replace(self, images=chosen, name=name or self.name)
 
@@ -82,25 +82,25 @@ def load_coco(
 ) -> CocoSource:
     """Indexes a dataset in COCO's format: one annotation file and a folder of images.
 
-    Boxes are clipped to the image. Entries that cannot be trained on are left out, and
-    counted in the source's ``skipped``: crowds, boxes that are empty after clipping, objects
-    without a mask, and images without an object. Evaluation reads the annotation file itself,
-    crowds included.
+    Boxes are clipped to the image. Entries that cannot be trained on are left out, and counted in
+    ``skipped``: crowds, boxes that are empty after clipping, objects without a mask, and images
+    without an object. Evaluation reads the annotation file itself, crowds included.
 
     Args:
         annotations: Annotation file, such as ``instances_train2017.json``.
-        images: Folder that its file names are relative to.
-        masks: Whether to keep segmentations; objects then need one. False suffices for boxes.
+        images: Folder that the annotation file's file names are relative to.
+        masks: Whether to keep segmentations, and leave out objects without one. False suffices for
+            boxes.
         keep_empty: Whether to keep images without an object, as evaluation needs.
-        max_boxes: Largest number of objects that an image may have, the slots of `PadBoxes`.
+        max_boxes: Maximum number of objects in an image, as many as `PadBoxes` has slots.
 
     Returns:
         A source whose labels are 1 to K, in the order of the category ids.
 
     Raises:
         FileNotFoundError: If the annotation file or an image file is missing.
-        ValueError: If the annotation file is not in the format, names no image that is kept, or an
-            image has more than ``max_boxes`` objects; names the file.
+        ValueError: If the annotation file is not in COCO's format, no image is kept, or an image
+            has more than ``max_boxes`` objects; names the file.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -190,14 +190,14 @@ def _index_image(
 
 
 def _compact(segmentation: Any) -> Any:
-    """Turns the numbers of polygons into arrays, an eighth of the memory of Python's floats."""
+    """Turns polygons into arrays, which take an eighth of the memory of Python's floats."""
     if isinstance(segmentation, dict):
         return segmentation
     return tuple(np.array(polygon, np.float32) for polygon in segmentation)
 
 
 def _check_files(folder: Path, names: Sequence[str]) -> None:
-    """Raises FileNotFoundError unless all files are there; lists folders, for a remote disk."""
+    """Raises FileNotFoundError if a file is missing; lists folders, to spare a remote disk."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder of images {folder}.")
     listed: dict[str, set[str]] = {}
@@ -209,5 +209,5 @@ def _check_files(folder: Path, names: Sequence[str]) -> None:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} image files are missing, such as "
-            f"{missing[0]}; is the folder that of another split?"
+            f"{missing[0]}; is it the folder of another split?"
         )

@@ -22,7 +22,7 @@ _METRICS = {0: "AP", 1: "AP50", 2: "AP75", 3: "AP_small", 4: "AP_medium", 5: "AP
 
 
 class CocoEvaluator:
-    """The evaluator of detections, for average precision over the images that it receives.
+    """An evaluator that computes the average precision of detections in the images it receives.
 
     Each batch of outputs is a dict of D detections for each of B images:
 
@@ -32,29 +32,30 @@ class CocoEvaluator:
     - "masks" ``[B, D, M, M]``, if there are any: probabilities in the frame of the box;
     - "image_hw" ``[B, 2]``: height and width of the resized image without its padding;
     - "id" ``[B]``: id of the image in the annotation file;
-    - "mask" ``[B]``, if the batch has one: 0 for the filling of the last batch.
+    - "mask" ``[B]``, if the batch has one: 0 for the padding of the last batch.
 
-    Other entries, such as means of losses, are ignored. Boxes are scaled to the original image,
-    and masks are pasted there at the centres of pixels. Metrics are
-    fractions: ``box_AP`` over IoU 0.5 to 0.95, ``box_AP50``, ``box_AP75``, ``box_AP_small``,
-    ``box_AP_medium``, ``box_AP_large``, ``box_AR`` with 100 detections, and those of masks. A
-    metric of a size that no object has is left out. Source: https://cocodataset.org/#detection-eval
+    Other entries, such as means of losses, are ignored. Boxes are scaled to the original image, and
+    masks are pasted there at the centres of pixels. Metrics are fractions: ``box_AP`` over IoU 0.5
+    to 0.95, ``box_AP50``, ``box_AP75``, ``box_AP_small``, ``box_AP_medium``, ``box_AP_large``, and
+    ``box_AR`` with 100 detections. Masks have the same, as ``mask_AP`` and so on. A metric of a
+    size that no object has is left out. Source: https://cocodataset.org/#detection-eval
 
     Args:
         annotations: Annotation file of the evaluation split.
-        results: File for the detections, in COCO's format for results; None writes none. Of
-            several processes let one write.
+        results: File for the detections, in COCO's format for results; None writes none. In a run
+            of several processes, let only one write.
         pixel: Pixels added to x2 - x1 and y2 - y1 to obtain a width and a height: 1 where x2 and
             y2 are the last pixel of a box, as in the authors' detectors.
-        backend: "pycocotools", or "faster_coco_eval", which gives the same numbers sooner.
+        backend: "pycocotools", or "faster_coco_eval", which gives the same numbers faster.
 
     Raises:
-        ValueError: If the annotation file is not in the format; while adding, for an image or a
-            label that it does not have, or masks that it lacks; without an image.
+        ValueError: If the annotation file is not in COCO's format. While adding, for an image or
+            label that the file lacks, or for masks if it has an annotation without one. In
+            ``result``, if no image was added.
         ImportError: If the backend is not installed; names the extra.
 
     Example:
-        A cat, detected exactly in an image that was enlarged twice:
+        A cat, detected exactly in an image that was enlarged to twice its size:
 
         >>> import json, pathlib, tempfile
         >>> import numpy as np
@@ -97,7 +98,7 @@ class CocoEvaluator:
         self._results: list[dict[str, Any]] = []
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Takes the detections in one batch."""
+        """Adds the detections of one batch."""
         if "masks" in outputs and not self._has_masks:
             self._check_masks()
             self._has_masks = True
@@ -109,7 +110,7 @@ class CocoEvaluator:
     def result(self) -> dict[str, float]:
         """Returns the metrics, and writes the results if a file was given.
 
-        Detections in an image that was added twice count once.
+        If an image was added twice, only its first detections count.
         """
         if not self._seen:
             raise ValueError("Evaluation needs at least one image, received none")
@@ -167,7 +168,7 @@ class CocoEvaluator:
         truth = self._truth_class()
         truth.dataset = copy.deepcopy(self._content)
         truth.createIndex()
-        # COCO measures the size of a detection by what the results hold: its box or its mask.
+        # COCO measures a detection's size by its box or its mask, whichever the results hold.
         results = [{k: v for k, v in each.items() if k != without} for each in self._results]
         found = truth.loadRes(results) if results else _nothing_found(truth, self._truth_class())
         evaluation = self._evaluation_class(truth, found, kind)
@@ -180,20 +181,20 @@ class CocoEvaluator:
 
 
 def _paste(mask: np.ndarray, box: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
-    from wsbcn_flax.ops.detection import paste_mask  # It imports JAX, which data else does not.
+    from wsbcn_flax.ops.detection import paste_mask  # Nothing else in `data` imports JAX.
 
     return paste_mask(mask, box, image_hw, rounded=False)
 
 
 def _nothing_found(truth: Any, empty: Any) -> Any:
-    """Returns results without a detection, which ``loadRes`` cannot make."""
+    """Returns empty results, which ``loadRes`` cannot make."""
     empty.dataset = {**truth.dataset, "annotations": []}
     empty.createIndex()
     return empty
 
 
 def _import_backend(name: Backend) -> tuple[Any, Any]:
-    """Returns the classes of ground truth and of its evaluation."""
+    """Returns the backend's classes for ground truth and for evaluation."""
     if name == "faster_coco_eval":
         package = require(name, extra="faster-coco")
         return package.COCO, package.COCOeval_faster

@@ -1,4 +1,4 @@
-"""Reads annotation files in COCO's format, and says what is wrong with a bad one."""
+"""Reads annotation files in COCO's format and reports errors in them."""
 
 import json
 import math
@@ -18,10 +18,10 @@ _FIELDS = {
 def read_coco_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads an annotation file and checks what every user of it relies on.
 
-    Ids are unique 32-bit integers, every reference leads somewhere, boxes are four finite numbers
-    and images have a size. Annotations may lack "area", which becomes that of the box, "iscrowd",
-    which becomes 0, and "segmentation", which becomes []. Polygons of fewer than three points are
-    dropped. The format is described at https://cocodataset.org/#format-data.
+    Ids must be unique 32-bit integers, references must lead to an entry, boxes must be four finite
+    numbers, and images must have a size. Annotations may lack "area" (which becomes the box's
+    area), "iscrowd" (0) and "segmentation" ([]). Polygons of fewer than three points are dropped.
+    The format is described at https://cocodataset.org/#format-data.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -54,7 +54,7 @@ def label_of_category(content: Mapping[str, Any]) -> dict[int, int]:
 
 
 def _check_entries(path: Path, name: str, entries: Any, fields: tuple[str, ...]) -> None:
-    """Checks that entries have their fields, and ids of their own."""
+    """Checks that entries have all their fields, and unique ids."""
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list {name!r}, received {type(entries).__name__}")
     for position, entry in enumerate(entries):

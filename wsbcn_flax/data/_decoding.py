@@ -1,4 +1,4 @@
-"""Encoded images to pixels, and pixels to another size, by OpenCV."""
+"""Decodes and resizes images with OpenCV."""
 
 import dataclasses
 import functools
@@ -12,24 +12,24 @@ from wsbcn_flax._extras import require
 from wsbcn_flax.data._sources import file_name
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-MOST_PIXELS = 2**26  # Pixels of an image; larger ones are refused before they are decoded.
+MOST_PIXELS = 2**26  # Maximum number of pixels; larger images are refused before decoding.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeImage:
-    """Decodes the image file in an example to red, green and blue of 8 bits.
+    """A transform that decodes the image file in an example to 8-bit red, green and blue.
 
-    It decodes every format that OpenCV knows. Grey becomes three equal channels, 16 bits are scaled
-    to 8, transparent pixels are laid on white, and the image is turned as its camera noted. An
-    entry ``"file_name"`` serves the error message and is dropped.
+    It decodes every format that OpenCV supports. Grey becomes three equal channels, 16 bits are
+    scaled to 8, and transparent pixels are laid on white. The image is rotated by its orientation
+    tag. Error messages use an entry ``"file_name"``, which is then dropped.
 
     Attributes:
-        upright: Whether to turn the image as its camera noted; annotations may not expect it.
+        upright: Whether to rotate the image by its orientation tag; annotations may not expect it.
 
     Raises:
         ImportError: While mapping, if OpenCV is not installed; names the extra.
-        ValueError: While mapping, if the content is no image, not a whole one, or of more than
-            67 million pixels.
+        ValueError: While mapping, if the content is not a complete image or has more than 67
+            million pixels.
 
     Example:
         One image file, prepared exactly as for evaluation:
@@ -48,7 +48,7 @@ class DecodeImage:
     upright: bool = True
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
-        """Decodes ``element["image"]``, bytes, to uint8 ``[H, W, 3]``, red first."""
+        """Decodes the bytes ``element["image"]`` to RGB, uint8 ``[H, W, 3]``."""
         cv2 = import_cv2()
         content = element["image"]
         flags = cv2.IMREAD_COLOR_RGB
@@ -57,20 +57,20 @@ class DecodeImage:
         elif not self.upright:
             flags |= cv2.IMREAD_IGNORE_ORIENTATION
         try:
-            # OpenCV has its own limit, read from the environment when it was first imported.
+            # OpenCV has its own limit, which it read from the environment at its first import.
             if _png_pixels(content) > MOST_PIXELS:
                 raise cv2.error("too many pixels")
-            # It asserts that there are bytes, and returns None for what it cannot decode.
+            # imdecode fails without bytes, and returns None for what it cannot decode.
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
         except cv2.error as error:
             raise ValueError(
                 f"{file_name(element, 'the image')} must have at most {MOST_PIXELS:,} pixels and "
-                f"decode, received {len(content)} bytes ({error}); make it smaller"
+                f"be decodable, received {len(content)} bytes ({error}); make it smaller"
             ) from error
         if pixels is None:
             raise ValueError(
                 f"{file_name(element, 'the image')} must be a whole JPEG or PNG image, received "
-                f"{len(content)} bytes that do not decode; fetch it again"
+                f"{len(content)} bytes that cannot be decoded; fetch it again"
             )
         if flags == cv2.IMREAD_UNCHANGED:
             pixels = _on_white(pixels)
@@ -79,7 +79,7 @@ class DecodeImage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CentralCrop:
-    """The central crop, on which ImageNet networks are evaluated.
+    """A transform that cuts out the central crop, on which ImageNet networks are evaluated.
 
     The shorter side is resized to ``resize``, and the longer one in proportion, rounded down.
     Then the central square of ``image_size`` is cut out.
@@ -114,21 +114,21 @@ class CentralCrop:
 
 
 def _png_pixels(content: bytes) -> int:
-    """The number of pixels that the header of a PNG announces; 0 for another file."""
+    """Returns the number of pixels in the header of a PNG; 0 for another file."""
     width, height = content[16:20], content[20:24]
     return int.from_bytes(width) * int.from_bytes(height) if content[:8] == _PNG else 0
 
 
 def _has_transparency(content: bytes) -> bool:
-    """Whether a PNG has an alpha channel or transparent colors."""
-    # The header's byte 25 is the kind of color; a chunk of transparency comes before the pixels.
+    """Returns whether the content is a PNG with an alpha channel or transparent colors."""
+    # Byte 25 of the header is the color type; a chunk of transparency precedes the pixels.
     return content[:8] == _PNG and (
         content[25:26] in (b"\x04", b"\x06") or b"tRNS" in content[:4096]
     )
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """Lays blue, green, red and alpha on white, as uint8 red, green and blue."""
+    """Lays blue, green, red and alpha on white; returns uint8 red, green and blue."""
     if pixels.dtype == np.uint16:
         pixels = (pixels // 257).astype(np.uint8)
     if pixels.shape[-1] != 4:
@@ -138,7 +138,7 @@ def _on_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes uint8 ``[h, w, channels]``, averaging areas or, to grow, interpolating linearly."""
+    """Resizes uint8 ``[h, w, channels]`` by area averages or, to enlarge, linear interpolation."""
     cv2 = import_cv2()
     shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -147,7 +147,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @functools.cache
 def import_cv2() -> Any:
-    """Imports OpenCV with its own threading disabled: images are decoded in several threads."""
+    """Imports OpenCV with its threading disabled, since several threads decode images."""
     # OpenCV reads its limit when it is imported.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))
     cv2 = require("cv2", extra="jpeg")

@@ -19,13 +19,13 @@ class DatasetNotFoundError(FileNotFoundError):
 
 
 class _Dataset(NamedTuple):
-    """The places where a dataset may be, and the advice if it is in none.
+    """The places to look for a dataset, and the advice if it is in none of them.
 
     Attributes:
-        public: Name under which tensorflow-datasets prepares it; none if it does not.
+        public: Name under which tensorflow-datasets prepares it; empty if it does not.
         folders: Other folders that may hold it, relative to the data_dir.
-        files: Patterns of names, all of which must be in such a folder.
-        read: Function from such a folder and a split to the dataset.
+        files: Patterns of file names, each of which must match in such a folder.
+        read: Function that maps such a folder and a split to the dataset.
         advice: Sentences on how to obtain it, with ``{root}`` for the data_dir.
     """
 
@@ -87,7 +87,7 @@ def default_data_dir() -> Path:
     """Returns the folder of datasets used where no ``data_dir`` is given.
 
     It is ``$WSBCN_FLAX_DATA_DIR`` if set, else ``wsbcn_flax/data`` in ``$XDG_CACHE_HOME``, which
-    is ``~/.cache`` if unset.
+    defaults to ``~/.cache``.
     """
     if chosen := os.environ.get("WSBCN_FLAX_DATA_DIR"):
         return Path(chosen).expanduser()
@@ -113,31 +113,31 @@ def load_split(
 ) -> ImageSource | EncodedSource:
     """Loads a split of a dataset from this machine; nothing is downloaded.
 
-    All images but ImageNet's are read into memory.
+    All datasets but ImageNet are read into memory.
 
     - "mnist5k" (5,000 images of MNIST) and "digits" (1,797 of 8x8 pixels) come with Python
       packages; "fashion" is read from its four gzipped idx files, which Debian's package
-      dataset-fashion-mnist installs; any in MNIST's format serve.
+      dataset-fashion-mnist installs; any files in MNIST's format work.
     - "cifar10", "cifar100" and "mnist" are read if tensorflow-datasets prepared them earlier, in
       the array_record format. Otherwise the CIFARs are read from their published archives.
     - "imagenet" (ILSVRC 2012) is read from what tensorflow-datasets prepared as ``imagenet2012``,
       or else from JPEG files ``imagenet/{train,val}/CLASS/*.JPEG``, as torchvision unpacks them.
-      Either way classes are the WordNet IDs in order.
+      Either way, the classes are the WordNet IDs in sorted order.
 
     Args:
         name: One of `dataset_names`.
         split: Split in tfds's syntax over "train" and "test" (ImageNet: "validation" or "val"),
             such as ``"train"``, ``"train[:90%]"``, ``"train[4000:]"`` or ``"train+test"``.
         data_dir: Folder of datasets; defaults to `default_data_dir`, then tfds's own folder. Files
-            that their authors publish are looked for in its ``downloads/manual``.
+            published by a dataset's authors are looked for in its ``downloads/manual``.
 
     Returns:
-        The split, shuffled once, the same on every machine.
+        The split, in a shuffled order that is the same on every machine.
 
     Raises:
-        ValueError: If the name or the split is unknown, the split is empty, or the prepared data
-            are not what they should be.
-        DatasetFormatError: If an idx file or an archive of CIFAR is not what it should be.
+        ValueError: If the name or the split is unknown, the split is empty, or the prepared files
+            are incomplete, damaged or in another format.
+        DatasetFormatError: If an idx file or a CIFAR archive is damaged or has other content.
         DatasetNotFoundError: If the data are not on this machine; says how to obtain them.
         ImportError: If a package that carries or reads the data is not installed; names the extra.
         RuntimeError: If prepared files are damaged, or a package changed its data.
@@ -157,17 +157,17 @@ def load_split(
             if dataset.read and all(any(folder.glob(pattern)) for pattern in dataset.files):
                 return _take(folder, *dataset.read(folder, split), split, name=name)
     where, advice = " or ".join(map(str, roots)), dataset.advice.format(root=roots[0])
-    raise DatasetNotFoundError(f"{name!r} is not in {where}. {advice}")
+    raise DatasetNotFoundError(f"The dataset {name!r} is not in {where}. {advice}")
 
 
 def _take(
     folder: Path, splits: readers.Splits, class_names: tuple[str, ...], split: str, *, name: str
 ) -> ImageSource | EncodedSource:
-    """Takes a split, in tfds's syntax, of images or of names of files in ``folder``."""
+    """Returns a split, in tfds's syntax, of images or of the named files in ``folder``."""
     sizes = {each: len(labels) for each, (_, labels) in splits.items()}
     slices = resolve_slices(split, sizes, dataset=name)
-    # A shuffled order, so that a slice holds all classes. numpy freezes the stream of RandomState
-    # for good; default_rng's may change with a release.
+    # The order is shuffled, so that a slice holds all classes. NumPy has frozen RandomState's
+    # stream for good; default_rng's may change with a release.
     order = {each: np.random.RandomState(0).permutation(size) for each, size in sizes.items()}
     images, labels = (
         np.concatenate([splits[each][kind][order[each][part]] for each, part in slices])

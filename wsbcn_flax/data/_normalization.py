@@ -24,7 +24,7 @@ IMAGENET_STATISTICS = ChannelStatistics(
     mean=np.array([0.485, 0.456, 0.406], np.float32),
     std=np.array([0.229, 0.224, 0.225], np.float32),
 )
-"""Statistics of red, green and blue over ImageNet, as the published networks take them."""
+"""Statistics of red, green and blue over ImageNet, as the published networks expect them."""
 
 _CACHED = 2**16
 
@@ -32,11 +32,11 @@ _CACHED = 2**16
 def channel_statistics(images: np.ndarray) -> ChannelStatistics:
     """Measures the mean and standard deviation of each channel over all pixels.
 
-    Both come from exact counts of the 256 values, and the variance is taken about the mean, so that
-    nothing cancels.
+    Both come from exact counts of the 256 values. The variance is taken about the mean, which
+    avoids cancellation.
 
     Args:
-        images: uint8 ``[N, height, width, channels]``, of the training split.
+        images: Images of the training split, uint8 ``[N, height, width, channels]``.
 
     Returns:
         Mean and standard deviation in units of the full scale, 255.
@@ -56,7 +56,7 @@ def channel_statistics(images: np.ndarray) -> ChannelStatistics:
             f"received {images.dtype} {list(images.shape)}"
         )
     counts, values = np.zeros((images.shape[-1], 256)), np.arange(256) / 255
-    for start in range(0, len(images), 1000):  # bincount makes a 64-bit copy of what it counts.
+    for start in range(0, len(images), 1000):  # bincount makes a 64-bit copy of its input.
         for channel, count in enumerate(counts):
             count += np.bincount(images[start : start + 1000, ..., channel].ravel(), minlength=256)
     shares = counts / counts.sum(axis=1, keepdims=True)
@@ -67,7 +67,7 @@ def channel_statistics(images: np.ndarray) -> ChannelStatistics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Normalize:
-    """Maps uint8 images to float32 ``(image / 255 - mean) / std``.
+    """A transform of uint8 images to float32 ``(image / 255 - mean) / std``.
 
     It transforms an example (``[H, W, C]``) or a batch (``[N, H, W, C]``).
 
@@ -111,8 +111,8 @@ class Normalize:
                 f"mean and std must be one number for each of {channels} channels, received "
                 f"{len(self._scale)}"
             )
-        # Whole rows of pixels: numpy's inner loop is then width * channels long, not channels. As
-        # many rows at once as stay in the processor's cache.
+        # With whole rows of pixels, numpy's inner loop is width * channels long, not channels. Each
+        # pass takes as many rows as stay in the processor's cache.
         rows = image.reshape(-1, width * channels)
         scale, offset = np.tile(self._scale, width), np.tile(self._offset, width)
         normalized, step = np.empty(rows.shape, np.float32), max(1, _CACHED // rows.shape[1])

@@ -1,4 +1,4 @@
-"""Masks of objects: drawn from segmentations in the frames of boxes, and run-length coded."""
+"""Masks of objects, drawn from segmentations in the frames of boxes, and run-length codes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from wsbcn_flax._extras import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RasterizeMasks:
-    """Draws the segmentation of every object in the frame of its own box.
+    """A transform that draws every object's segmentation in the frame of its own box.
 
     A mask is a grid of ``size`` by ``size`` cells over the box. Polygons are drawn into it as
     pycocotools draws them, and RLEs are read at the centres of the cells. A mask does not change

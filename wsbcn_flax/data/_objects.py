@@ -14,24 +14,24 @@ CAFFE_BGR_STATISTICS = ChannelStatistics(
     mean=np.array([102.9801, 115.9465, 122.7717], np.float32) / 255,
     std=np.ones(3, np.float32) / 255,
 )
-"""Statistics that leave blue, green and red from 0 to 255 and subtract ImageNet's means.
+"""Statistics that keep blue, green and red at the scale 0 to 255 and subtract ImageNet's means.
 
-The published detectors take images so. `ToBGR` comes before.
+The published detectors expect such images. Apply `ToBGR` first.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeAnnotatedImage:
-    """Decodes the image file in an example, whose size must be the annotated one.
+    """A transform that decodes an example's image file and checks that its size is as annotated.
 
     Raises:
         ImportError: While mapping, if OpenCV is not installed; names the extra.
-        ValueError: While mapping, if the content is no whole image or has another size; names the
-            file.
+        ValueError: While mapping, if the content is not a complete image or has another size; names
+            the file.
     """
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
-        """Decodes ``element["image"]``, bytes, to uint8 ``[height, width, 3]``, red first."""
+        """Decodes the bytes ``element["image"]`` to RGB, uint8 ``[height, width, 3]``."""
         decoded = DecodeImage(upright=False).map(element)
         expected, found = (element["height"], element["width"]), decoded["image"].shape[:2]
         if found != expected:
@@ -39,15 +39,15 @@ class DecodeAnnotatedImage:
             raise ValueError(
                 f"{file_name(element, 'the image')} must be {_by(expected)} as annotated, received "
                 f"{_by(found)}; "
-                + ("the orientation that a camera notes is ignored, save it upright" * turned)
-                + ("annotate it again" * (not turned))
+                + ("the orientation tag is ignored, so save the image upright" * turned)
+                + ("annotate the image again" * (not turned))
             )
         return {key: decoded[key] for key in decoded if key not in ("height", "width")}
 
 
 @dataclasses.dataclass(frozen=True)
 class ToBGR:
-    """Reverses the channels of an image: blue first, as Caffe's networks were trained."""
+    """A transform that reverses an image's channels, since Caffe's networks expect blue first."""
 
     def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
         """Reverses ``element["image"]``, ``[..., C]``."""
@@ -56,14 +56,14 @@ class ToBGR:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizeShorter:
-    """Resizes an image to a shorter side, and its boxes with it.
+    """A transform that resizes an image to a given shorter side, and scales its boxes.
 
-    The scale is ``min(shorter / min(H, W), longer / max(H, W))``, sides are rounded, and boxes are
+    The scale is ``min(shorter / min(H, W), longer / max(H, W))``. Sides are rounded, and boxes are
     scaled by the ratios of the rounded sides.
 
     Attributes:
-        shorter: Shorter side of the result, in pixels, unless the longer one would be too long.
-        longer: Largest longer side of the result, in pixels.
+        shorter: Shorter side of the result in pixels, unless the longer one would exceed its limit.
+        longer: Upper limit of the longer side of the result in pixels.
 
     Raises:
         ValueError: Unless ``1 <= shorter <= longer``.
@@ -102,9 +102,9 @@ class ResizeShorter:
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlipObjects:
-    """Left-right mirror images with probability 1/2, boxes and masks included.
+    """A transform that mirrors image, boxes and masks left-right with probability 1/2.
 
-    It comes before `PadImage` and `PadBoxes`.
+    Apply it before `PadImage` and `PadBoxes`.
 
     Example:
         >>> import numpy as np
@@ -131,7 +131,7 @@ class RandomFlipObjects:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PadBoxes:
-    """Fills boxes, labels and masks up with zeros to one number of slots.
+    """A transform that pads boxes, labels and masks with zeros to a fixed number of slots.
 
     Attributes:
         slots: Number G of slots.

@@ -1,9 +1,9 @@
-"""Batches from any source of examples: endless and shuffled, or once through in order.
+"""Batches from any source of examples: endless and shuffled, or a single pass in order.
 
-A batch is a pure function of its step, so that threads, restarts and the number of hosts change
-nothing. Transforms of an example draw from a generator of their own for each place in the stream.
-Transforms of a batch draw for the whole global batch, of which a host keeps its own rows: drawing
-is cheap and touching pixels is not.
+A batch is a pure function of its step, so threads, restarts and the number of hosts change nothing.
+Transforms of an example draw from a separate generator for each place in the stream. Transforms of
+a batch draw for the whole global batch, and each host keeps the draws for its own rows. Drawing is
+cheap; touching pixels is not.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """Random access to examples, dicts of arrays, from several threads at once.
+    """A sequence of examples, dicts of arrays, that several threads may read at once.
 
-    A source that also has ``take(indices)``, which returns a dict of stacked arrays, is read a
-    batch at a time if single examples are not transformed. Messages use an attribute ``name``.
+    A source may also have ``take(indices)``, which returns a dict of stacked arrays. It is called
+    for a whole batch if no transform of single examples is given. Error messages use the attribute
+    ``name``, if there is one.
     """
 
     def __len__(self) -> int: ...
@@ -48,11 +49,11 @@ def train_batches(
     host_count: int = 1,
     num_threads: int = 1,
 ) -> "grain.DatasetIterator[Batch]":
-    """Makes endless shuffled batches that depend on the seed and the step alone.
+    """Makes endless shuffled batches that depend only on the seed and the step.
 
     Batch k is the same for any number of threads, and whether the iterator started at step 0 or at
-    k. Host h of H gets rows ``h * B / H`` to ``(h + 1) * B / H`` of it, for any H, and reads no
-    other examples. Every epoch is a new permutation of the source. Epochs are laid end to end
+    k. Host h of H gets rows ``h * B / H`` to ``(h + 1) * B / H`` of the batch, for any H. It reads
+    no other examples. Every epoch is a new permutation of the source. Epochs are laid end to end
     before they are cut into batches, so that no example is dropped.
 
     A transform has grain's method ``map(element)`` or ``random_map(element, rng)``. Random
@@ -67,9 +68,9 @@ def train_batches(
         start_step: Number of the first batch. To resume, pass the number of steps done.
         host_index: Index of this host, as `jax.process_index` gives it.
         host_count: Number of hosts H, a divisor of ``batch_size``.
-        num_threads: Threads that make examples, while one more or two put batches together. One
-            is best for small images in memory, one for each core for encoded images. 0 makes
-            batches in the thread that asks for them.
+        num_threads: Number of threads that make examples; one or two more assemble batches. Use 1
+            for small images in memory and one for each core for encoded images. 0 makes batches in
+            the calling thread.
 
     Returns:
         Iterator of dicts of arrays ``[B / H, ...]``. Call its ``close()`` (or use
@@ -99,7 +100,7 @@ def train_batches(
     order_seed, example_seed, batch_seed = map(int, np.random.SeedSequence(seed).generate_state(3))
     read = _Reader(source, example, num_threads, example_seed)
 
-    @functools.lru_cache(maxsize=2)  # A batch may hold the end of one epoch and the next's start.
+    @functools.lru_cache(maxsize=2)  # A batch may span two epochs.
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((order_seed, epoch)).permutation(len(source))
 
@@ -126,7 +127,7 @@ def eval_batches(
 ) -> "grain.DatasetIterator[Batch]":
     """Reads a source once, in order, in batches of one shape.
 
-    The last batch is filled up with zeros that have mask 0, so that a jitted step compiles once.
+    The last batch is padded with zeros that have mask 0, so that a jitted step compiles once.
     Sums weighted by the mask are exact. Every host gets the same number of batches.
 
     Args:
@@ -136,11 +137,11 @@ def eval_batches(
         batch: Transforms of whole batches, in order; none may be random.
         host_index: Index of this host, as in `train_batches`.
         host_count: Number of hosts H, a divisor of ``batch_size``.
-        num_threads: Threads that make examples, as in `train_batches`.
+        num_threads: Number of threads that make examples, as in `train_batches`.
 
     Returns:
         Iterator of dicts of arrays ``[B / H, ...]``, and under ``"mask"`` float32 ``[B / H]``: 1
-        for an example and 0 for filling.
+        for an example and 0 for padding.
 
     Raises:
         ValueError: If an argument breaks a rule above; while iterating, if an example is damaged.
@@ -162,7 +163,7 @@ def eval_batches(
 
     def make(step: int) -> Batch:
         indices = range(count)[step * batch_size :][rows]
-        # An example shows the shape of the filling.
+        # A host without examples reads one for the shape of the padding.
         values, valid = _transform(read(indices or [0], indices or [0]), batch), len(indices)
         mask = (np.arange(size) < valid).astype(np.float32)
         return {key: _pad(value[:valid], size) for key, value in values.items()} | {"mask": mask}
@@ -183,7 +184,7 @@ def _host_rows(batch_size: int, host_index: int, host_count: int) -> slice:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads and transforms examples, each with a generator that follows from its place."""
+    """A reader of transformed examples, each with a generator that depends on its place."""
 
     source: Any
     transforms: Sequence[Any]
@@ -191,15 +192,15 @@ class _Reader:
     seed: int | None = None
 
     def __call__(self, indices: Sequence[int], places: Sequence[int]) -> Batch:
-        """Stacks the examples at ``indices``, which are at ``places`` of the stream."""
+        """Stacks the examples at ``indices``; ``places`` are their places in the stream."""
         if not self.transforms and hasattr(self.source, "take"):
             return self.source.take(indices)
-        # Stacking finished examples instead takes a tenth more of CPU time, in page faults.
+        # Stacking finished examples instead takes a tenth more CPU time, in page faults.
         batches: list[Batch] = []
 
         def write(row: int) -> None:
             example = self.read_one(indices[row], places[row])
-            if not batches:  # Threads may meet here; all take the first of their batches.
+            if not batches:  # Threads may race here; all use the first of their batches.
                 shapes = {key: (len(indices), *value.shape) for key, value in example.items()}
                 batches.append({key: np.empty(shapes[key], example[key].dtype) for key in shapes})
             rows = {key: value[row] for key, value in batches[0].items()}
@@ -212,7 +213,7 @@ class _Reader:
             for key, value in example.items():
                 batches[0][key][row] = value
 
-        # A pool for each batch leaves no threads to be stopped; they start in microseconds.
+        # A pool for each batch leaves no threads to stop; threads start in microseconds.
         if self.num_threads:
             with ThreadPoolExecutor(self.num_threads) as pool:
                 list(pool.map(write, range(len(indices))))
@@ -263,10 +264,10 @@ def _pad(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _iterate(make: Callable[[int], Batch], steps: int, num_threads: int) -> Any:
-    """Makes batches ahead in threads."""
+    """Returns an iterator of batches, which threads make ahead of time."""
     if num_threads < 0:
         raise ValueError(f"num_threads must be >= 0, received {num_threads}")
-    # Two batches are in the making: while one is transformed as a whole, `num_threads` threads of
+    # Two batches are made at once: while one is transformed as a whole, `num_threads` threads of
     # `_Reader` make the examples of the other.
     grain, ahead = require("grain", extra="train"), min(num_threads, 2)
     options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead + 1)

@@ -1,4 +1,4 @@
-"""Splits that tensorflow-datasets prepared, and its syntax for splits, without TensorFlow."""
+"""Reads splits that tensorflow-datasets prepared, and its split syntax, without TensorFlow."""
 
 import dataclasses
 import re
@@ -14,18 +14,18 @@ from wsbcn_flax.data._sources import EncodedSource, ImageSource
 
 def find_prepared(dataset: Path) -> Path | None:
     """Returns the folder of the newest version that tfds prepared in a dataset's folder."""
-    # tfds writes this file last, in a folder "incomplete.*" that then gets its name.
+    # tfds writes this file last, in a folder "incomplete.*" that it then renames.
     found = [info.parent for info in dataset.glob("*/dataset_info.json")]
     versions = [each for each in found if re.fullmatch(r"\d+\.\d+\.\d+", each.name)]
     return max(versions, key=lambda it: [int(n) for n in it.name.split(".")], default=None)
 
 
 def load_prepared(folder: Path, split: str, *, name: str) -> EncodedSource | ImageSource:
-    """Opens a split, and reads it into memory if all its images are of one size."""
+    """Opens a split, and reads it into memory if all its images have one size."""
     tfds, _ = (require(each, extra="train") for each in ("tensorflow_datasets", "array_record"))
     try:
         builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # Whatever tfds raises of damaged metadata.
+    except Exception as error:  # tfds may raise anything for damaged metadata.
         raise ValueError(
             f"{folder} must hold a prepared dataset with dataset_info.json and features.json; one "
             "of them is missing or damaged. Delete the folder and prepare it again "
@@ -35,7 +35,7 @@ def load_prepared(folder: Path, split: str, *, name: str) -> EncodedSource | Ima
     formats, features = builder.info.available_file_formats(), builder.info.features
     if wanted not in formats:
         raise ValueError(
-            f"{folder} must be in the array_record format, which alone reads without TensorFlow; "
+            f"{folder} must be in array_record, the only format that reads without TensorFlow; "
             f"it is in {', '.join(sorted(each.value for each in formats))}. Prepare it again in "
             f"another data_dir: tfds build {builder.name} --file_format=array_record --data_dir=DIR"
         )
@@ -79,7 +79,7 @@ class _PreparedRecords:
 def resolve_slices(
     split: str, sizes: Mapping[str, int], *, dataset: str
 ) -> list[tuple[str, slice]]:
-    """Returns the named splits, and the part of each, that make up a split in tfds's syntax."""
+    """Returns the named splits, with the slice of each, that a split in tfds's syntax selects."""
     tfds = require("tensorflow_datasets", extra="train")
     infos = {
         each: tfds.core.SplitInfo(name=each, shard_lengths=[size], num_bytes=0)

@@ -1,4 +1,4 @@
-"""Readers of datasets: from Python packages, published files, and folders of images.
+"""Readers of datasets in Python packages, published files and folders of images.
 
 Each returns the splits and the names of the classes. Readers of published files check them first.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from wsbcn_flax._extras import require
 
-# Images, uint8 [N, height, width, channels], or names of files [N], and labels [N] of each split.
+# For each split: images (uint8 [N, height, width, channels]) or file names [N], and labels [N].
 Splits = Mapping[str, tuple[np.ndarray, np.ndarray]]
 Dataset = tuple[Splits, tuple[str, ...]]
 
@@ -46,8 +46,8 @@ def read_mnist5k() -> Dataset:
 def read_digits() -> Dataset:
     """Reads the 1,797 digits of 8x8 pixels that scikit-learn ships.
 
-    Their values v, whole numbers from 0 to 16, become ``(255 * v + 8) // 16``: 255 v / 16 rounded,
-    halves up, so that 0 and 16 fill the scale and no two values meet.
+    Their values v, whole numbers from 0 to 16, become ``(255 * v + 8) // 16``. This is 255 v / 16,
+    with halves rounded up. It fills the scale and keeps all values distinct.
     """
     digits = require("sklearn.datasets", extra="digits").load_digits()
     images = (255 * digits.data + 8) // 16
@@ -57,7 +57,7 @@ def read_digits() -> Dataset:
 def _divide(
     package: str, images: np.ndarray, labels: np.ndarray, *, side: int, test_size: int, crc: int
 ) -> Dataset:
-    """Divides digits whose checksum is right: changed data would silently change the splits."""
+    """Splits digits after checking their checksum; changed data would change the splits."""
     images = images.astype(np.uint8)
     if (received := zlib.crc32(images.tobytes() + labels.astype(np.uint8).tobytes())) != crc:
         raise RuntimeError(
@@ -73,16 +73,16 @@ def _divide(
 def stratified_split(
     labels: np.ndarray, *, test_size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits samples into train and test, sorted indices, with the same share of every class.
+    """Splits samples into sorted indices of train and test, with the same share of every class.
 
-    A class gives its share of ``test_size``, rounded down; those with the largest remainders (the
-    lowest label first among equals) give one more until ``test_size`` is reached.
+    A class gives its share of ``test_size``, rounded down. The classes with the largest remainders
+    (the lowest label first among equals) give one more until ``test_size`` is reached.
     """
     classes, counts = np.unique(labels, return_counts=True)
     quotas, remainders = np.divmod(counts * test_size, len(labels))
     largest_first = np.argsort(-remainders, kind="stable")
     quotas[largest_first[: test_size - quotas.sum()]] += 1
-    # numpy freezes the stream of RandomState for good; default_rng's may change with a release.
+    # NumPy has frozen RandomState's stream for good; default_rng's may change with a release.
     rng = np.random.RandomState(seed)
     is_test = np.zeros(len(labels), bool)
     for label, quota in zip(classes, quotas, strict=True):
@@ -91,7 +91,7 @@ def stratified_split(
 
 
 def read_fashion(folder: Path) -> Dataset:
-    """Reads `FASHION_FILES`, of 28x28 pixels and 10 classes, and the names of the classes."""
+    """Reads `FASHION_FILES`, images of 28x28 pixels in 10 classes, and adds the class names."""
     splits, files = {}, [folder / name for name in FASHION_FILES]
     for split, images_file, labels_file in ("train", *files[:2]), ("test", *files[2:]):
         images, labels = read_idx(images_file, ndim=3), read_idx(labels_file, ndim=1)
@@ -108,8 +108,8 @@ def read_fashion(folder: Path) -> Dataset:
 def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     """Reads a gzipped idx file of unsigned bytes with ``ndim`` dimensions.
 
-    It holds two zero bytes, the type of the elements (8 for uint8), the number of dimensions, each
-    dimension as a big-endian 32-bit integer, and the elements in C order.
+    The file holds two zero bytes, the element type (8 for uint8) and the number of dimensions. Each
+    dimension follows as a big-endian 32-bit integer, then the elements in C order.
     """
 
     def error(rule: str) -> DatasetFormatError:
@@ -130,9 +130,9 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
 
 
 def read_cifar(path: Path, *, md5: str) -> Dataset:
-    """Reads an archive of CIFAR with this checksum, extracting nothing.
+    """Reads a CIFAR archive with this checksum, without extracting files.
 
-    A pickle can run code. So the file is unpickled only if it is the published one, byte for byte.
+    A pickle can run code, so the file is unpickled only if it is byte for byte the published one.
     """
     with path.open("rb") as file:
         received = hashlib.file_digest(file, "md5").hexdigest()
@@ -162,7 +162,7 @@ def read_cifar(path: Path, *, md5: str) -> Dataset:
 def read_image_folder(root: Path, asked: str) -> Dataset:
     """Lists the files ``{train,val}/CLASS/*.JPEG`` in ``root``, labelled by sorted class name.
 
-    "validation" serves for "val", .jpg and .png for .JPEG, in small letters or capitals.
+    "val" may be named "validation". Files may end in .jpg or .png too, in any letter case.
     """
     names = {"train": "train", "validation": "val" if (root / "val").is_dir() else "validation"}
     folders = {split: root / name for split, name in names.items() if (root / name).is_dir()}
@@ -176,7 +176,7 @@ def read_image_folder(root: Path, asked: str) -> Dataset:
                 "and sort its images into folders named by their class"
             )
     splits = {}
-    # Listing a million files takes a while: only the splits that are asked for are listed.
+    # Listing a million files takes a while, so only the requested splits are listed.
     for split in [each for each in folders if each in asked] or folders:
         files = [
             (f"{folders[split].name}/{class_name}/{file}", label)

@@ -1,4 +1,4 @@
-"""Sources of labelled images: in memory, and encoded ones that are decoded on the fly."""
+"""Sources of labelled images, in memory or encoded and decoded on the fly."""
 
 import dataclasses
 from collections.abc import Mapping, Sized
@@ -92,13 +92,13 @@ class EncodedSource(_Described):
     Example i is record i with its label as int32: ``{"image": bytes, "label": int32, ...}``.
 
     Attributes:
-        records: Sequence of ``{"image": bytes, "label": int}`` that several threads may read. An
-            entry "file_name" serves messages.
-        num_classes: As in `ImageSource`, like ``name`` and ``class_names``.
+        records: Sequence of ``{"image": bytes, "label": int}`` that several threads may read. Error
+            messages use the entry "file_name", if there is one.
+        num_classes, name, class_names: As in `ImageSource`.
 
     Raises:
-        ValueError: If there is no record, or names for another number of classes; while reading,
-            if a label is not in ``[0, num_classes)``.
+        ValueError: If there is no record, or not one name for each class; while reading, if a label
+            is not in ``[0, num_classes)``.
 
     Example:
         >>> records = [{"image": b"...", "label": 1}, {"image": b"...", "label": 0}]
@@ -118,7 +118,7 @@ class EncodedSource(_Described):
         if not 0 <= label < self.num_classes:
             raise ValueError(
                 f"{file_name(record, 'the')} label must be in [0, {self.num_classes}), received "
-                f"{label}; is it of a test split whose labels are secret?"
+                f"{label}; is this a test split whose labels are secret?"
             )
         return {**record, "label": np.int32(label)}
 
@@ -140,6 +140,6 @@ class FileRecords:
 
 
 def file_name(record: Mapping[str, Any], default: str) -> str:
-    """Returns the name of an example's file, which tfds gives as bytes, for messages."""
+    """Returns an example's file name for messages; tfds gives the name as bytes."""
     name = record.get("file_name", default)
     return name.decode() if isinstance(name, bytes) else name

@@ -204,7 +204,7 @@ class BatchChannelNorm(nn.Module):
                 f"{path} needs its running statistics mean, var and count, and `apply` received no "
                 f"{'batch_stats' if whole else ' or '.join(missing)} for it. "
                 'Pass {"params": params, "batch_stats": batch_stats}, both from `init`. '
-                "(nn.BatchNorm's have no count: add jnp.zeros(()).)"
+                'The statistics of nn.BatchNorm have no count; add jnp.zeros(()) as "count".'
             )
         if needs_update and not self.is_mutable_collection("batch_stats"):
             raise ValueError(

@@ -77,8 +77,8 @@ class ChannelNorm(nn.Module):
         features = x.shape[-1]
         if (self.num_groups is None) == (self.group_size is None):
             raise ValueError(
-                "ChannelNorm needs num_groups or group_size, the other of which is None, received "
-                f"num_groups={self.num_groups} and group_size={self.group_size}."
+                "ChannelNorm needs exactly one of num_groups and group_size, received "
+                f"num_groups={self.num_groups} and group_size={self.group_size}. Set one to None."
             )
         num_groups = self.num_groups
         if self.group_size is not None:

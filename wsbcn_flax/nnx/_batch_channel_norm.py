@@ -199,8 +199,8 @@ def _instead_of(before: RunningStats, new: RunningStats) -> RunningStats:
 def _instead_of_mapped(axis_size: int, in_batched: Any, before: Any, new: Any) -> Any:
     if in_batched[1].mean and not in_batched[0].mean:
         raise ValueError(
-            "BatchChannelNorm shares its statistics over a mapped axis, and each part would update "
-            "them otherwise. Name the axis, BatchChannelNorm(axis_name=...), or map the statistics "
-            "too; for evaluation call model.eval()."
+            "BatchChannelNorm shares its statistics over a mapped axis, and every index along it "
+            "would update them differently. Name the axis, BatchChannelNorm(axis_name=...), or map "
+            "the statistics too; for evaluation call model.eval()."
         )
     return new, in_batched[1]

@@ -152,8 +152,9 @@ def _constants_of(model: Any) -> dict[tuple[Any, ...], Any]:
 def _check_unchanged(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
     if changed := [path for path in before if after.get(path) is not before[path]]:
         raise ValueError(
-            "A model must keep what it changes in nnx.Param and nnx.BatchStat, which alone are "
-            f"carried from call to call; the call changed {'/'.join(map(str, changed[0]))}."
+            "Only nnx.Param and nnx.BatchStat are carried from call to call, so a call must not "
+            f"change other variables. It changed {'/'.join(map(str, changed[0]))}: make that an "
+            "nnx.BatchStat."
         )
 
 

@@ -55,6 +55,6 @@ def _check_rate(value: Any, name: str) -> None:
         )
     if not isinstance(value, Tracer) and not 0 <= float(value) <= 1:
         raise ValueError(
-            f"{name} must be the weight of the new statistics, from 0 to 1, received {value}. "
-            "It is one minus Flax's momentum: 0.1 where that is 0.9."
+            f"{name} must be from 0 to 1, received {value}. The rate is the weight of the new "
+            "statistics, which is 1 - momentum: for Flax's momentum=0.9 pass rate=0.1."
         )

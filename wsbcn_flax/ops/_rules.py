@@ -56,7 +56,10 @@ class StandardizationRule:
                 f"denominator must be one of {_DENOMINATORS}, received {self.denominator!r}."
             )
         if self.learnable_gain and self.constants:
-            raise ValueError("A gain is learned or constant: learnable_gain excludes constants.")
+            raise ValueError(
+                "A gain must be either learned or constant, received learnable_gain=True and "
+                "constants=True. Set one of them to False."
+            )
         if not self.epsilon > 0:
             raise ValueError(
                 "epsilon must be positive, since a constant kernel is divided by it, received "

@@ -136,7 +136,7 @@ def import_checkpoint(
         leaves = {entry.path: _converted(arrays[entry.key], entry) for entry in entries}
     if problems := _bad_values(arrays, entries, leaves):
         first = f"The values of {name} must be finite and its variances not negative; they are not:"
-        last = "The file is damaged or of training that diverged: use another, or an earlier one."
+        last = "The file is damaged, or its training diverged. Use another or an earlier file."
         raise ValueError("\n".join([first, *problems, last]))
     return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
 
@@ -205,8 +205,8 @@ def _warn_of_another_function(name: str, preset: str | None) -> None:
     else:
         return
     warnings.warn(
-        f"A checkpoint keeps its function with the convention that it was trained with alone, "
-        f"received preset={preset!r}. {message}",
+        "The kernels of a checkpoint compute the same function only with the convention of Weight "
+        f"Standardization that they were trained with, received preset={preset!r}. {message}",
         stacklevel=3,
     )
 

@@ -144,8 +144,9 @@ def _convolution_kernel(
     for layer, _ in layouts:
         if shape[len(shape) - len(layer) :] != layer:
             raise ValueError(
-                f"Axes that stack layers must lead, and {path} {shape} stacks kernels of shape "
-                f'{layer} otherwise. Stack them with variable_axes={{"params": 0}}.'
+                f"Axes that stack layers must lead a kernel's shape, and {path} {shape} does not "
+                f"end in the shape {layer} of one layer's kernel. Stack the layers with "
+                'variable_axes={"params": 0}.'
             )
     layer, out_axis = next(iter(layouts))
     return ConvolutionKernel(path, len(layer), out_axis)

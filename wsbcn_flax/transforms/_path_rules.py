@@ -166,20 +166,21 @@ def _check_stacking(
     for other in witnesses:
         if leaves[other].ndim != 1 + stacked_axes:
             raise ValueError(
-                f"{path} {kernel.shape} must stack as many layers as what is beside it, and "
-                f"{other} {leaves[other].shape} does not fit stacked_axes={stacked_axes}. Use "
+                f"{path} {kernel.shape} and the parameters beside it must have the same number of "
+                f"axes that stack layers, and {other} {leaves[other].shape} does not fit "
+                f"stacked_axes={stacked_axes}, since one layer's bias or scale has one axis. Use "
                 "where=normalized_convolutions(model, inputs), which knows each kernel's layout; "
                 f"or pass stacked_axes={leaves[other].ndim - 1}, with where= patterns for the "
-                "layers that are stacked so and a second transform for the others."
+                "layers that this fits, and a second transform for the others."
             )
     ndim = kernel.ndim - stacked_axes
     if ndim > 5 or (ndim == 5 and not witnesses):
         raise ValueError(
-            f"A kernel must be known to be one layer's, and {path} {kernel.shape} may be a "
-            f"stack of layers with stacked_axes={stacked_axes}. Use "
-            "where=normalized_convolutions(model, inputs), or "
-            f"where=(ConvolutionKernel({path!r}, ndim={ndim}),) if it is one layer's; or pass "
-            "the number of leading axes that count layers as stacked_axes=."
+            "It must be clear how many leading axes of a kernel stack layers, and "
+            f"{path} {kernel.shape} may be a stack of layers with stacked_axes={stacked_axes}. Use "
+            "where=normalized_convolutions(model, inputs). If stacked_axes is right, use "
+            f"where=(ConvolutionKernel({path!r}, ndim={ndim}),). If not, pass the number of "
+            "leading axes that stack layers as stacked_axes=."
         )
 
 
