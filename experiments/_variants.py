@@ -22,10 +22,10 @@ def with_norm(recipe: Recipe, name: str) -> Recipe:
     rest, _, weight = name.rpartition("_")
     rest, weight = (rest, weight) if weight in _WEIGHTS else (name, "none")
     kind, synced = rest.removesuffix("_synced"), rest.endswith("_synced")
-    if kind not in _KINDS:
+    if kind not in _KINDS or (synced and kind not in ("bn", "bcn")):
         raise ValueError(
-            f"The normalization must be one of {', '.join(_KINDS)} or bn_synced, optionally "
-            f"followed by one of _{', _'.join(_WEIGHTS)}, received {name!r}."
+            f"The normalization must be one of {', '.join(_KINDS)}, bn_synced or bcn_synced, "
+            f"optionally followed by one of _{', _'.join(_WEIGHTS)}, received {name!r}."
         )
     return dataclasses.replace(
         recipe,

@@ -88,6 +88,7 @@ def test_an_unknown_topology_is_one_line(capsys):
     ("arguments", "message"),
     [
         (["--against", "batchnorm"], "The normalization must be one of bn, gn"),
+        (["--against", "gn_synced"], "bn_synced or bcn_synced"),
         (["--micro", "2"], "whole number of micro-batches"),
     ],
 )

@@ -255,8 +255,8 @@ def test_random_streams_start_from_the_key_and_tables_are_constants():
 
 
 class Counter(nnx.Module):
-    def __init__(self, rngs):
-        self.seen = nnx.Cache(jnp.zeros(()))
+    def __init__(self, rngs, kind=nnx.Cache):
+        self.seen = kind(jnp.zeros(()))
 
     def __call__(self, x):
         self.seen[...] += 1
@@ -271,7 +271,13 @@ BAD = {
     ),
     "other state": (
         lambda: Functional(Counter).apply({"params": {}}, X, train=False),
-        r"nnx.Param and nnx.BatchStat.*changed seen",
+        r"nnx.BatchStat only.*changed seen",
+    ),
+    "a parameter": (
+        lambda: Functional(functools.partial(Counter, kind=nnx.Param)).apply(
+            {"params": {"seen": jnp.zeros(())}}, X, train=False
+        ),
+        r"nnx.BatchStat only.*changed seen",
     ),
     "missing variables": (
         lambda: load_variables(Tiny(nnx.Rngs(0)), {"params": {"conv": {}}}),

@@ -13,6 +13,7 @@ from wsbcn_flax.nnx._batch_channel_norm import BatchChannelNorm
 from wsbcn_flax.nnx._variables import Path, load_variables, to_variables
 
 _CONSTANT = nnx.Not(nnx.Any(nnx.Param, nnx.BatchStat, nnx.RngState))
+_FIXED = nnx.Not(nnx.Any(nnx.BatchStat, nnx.RngState))  # What a call must not change.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Functional:
 
         Raises:
             ValueError: For variables that are not the model's, statistics to update without
-                ``mutable``, dropout without ``rngs``, or a model that changes other variables.
+                ``mutable``, dropout without ``rngs``, or a model that changes anything else.
         """
         stats = variables.get("batch_stats", {})
         if train and stats and "batch_stats" not in mutable:
@@ -95,9 +96,9 @@ class Functional:
         for path, layer in nnx.iter_modules(model):
             if isinstance(layer, BatchChannelNorm):
                 layer.calls = nnx.BatchStat(sums.pop(tuple(map(str, path))))
-        constants = _constants_of(model)
+        fixed = _fixed_arrays(model)
         outputs = model(*inputs)
-        _check_unchanged(constants, _constants_of(model))
+        _check_unchanged(fixed, _fixed_arrays(model))
         if not mutable:
             return outputs
         if not stats:
@@ -143,18 +144,17 @@ class Functional:
         return jax.jit(lambda: nnx.state(self.make(rngs=nnx.Rngs(0)), _CONSTANT))
 
 
-def _constants_of(model: Any) -> dict[tuple[Any, ...], Any]:
-    """Returns the arrays of a model that are not parameters, statistics or random state."""
-    state = nnx.to_flat_state(nnx.state(model, _CONSTANT))
+def _fixed_arrays(model: Any) -> dict[tuple[Any, ...], Any]:
+    """Returns the arrays of a model that are neither statistics nor random state."""
+    state = nnx.to_flat_state(nnx.state(model, _FIXED))
     return {path: v.get_raw_value() if isinstance(v, nnx.Variable) else v for path, v in state}
 
 
 def _check_unchanged(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
     if changed := [path for path in before if after.get(path) is not before[path]]:
         raise ValueError(
-            "Only nnx.Param and nnx.BatchStat are carried from call to call, so a call must not "
-            f"change other variables. It changed {'/'.join(map(str, changed[0]))}: make that an "
-            "nnx.BatchStat."
+            "A call may change nnx.BatchStat only: other changes do not reach the next call. It "
+            f"changed {'/'.join(map(str, changed[0]))}: make that an nnx.BatchStat."
         )
 
 
