@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from oracles import normal
 
-from wsbcn_flax import BatchChannelNorm
+from wsbcn_flax import BatchChannelNorm, ChannelNorm
 from wsbcn_flax.models import BasicBlock, Bottleneck, PreActBlock, ResNet
 from wsbcn_flax.models._padding import repeat_edges
 
@@ -49,8 +49,13 @@ def cut(padded, like):
 
 @pytest.mark.parametrize(
     ("block", "norm"),
-    [(BasicBlock, GN), (Bottleneck, BCN), (BasicBlock, nn.BatchNorm), (PreActBlock, GN)],
-    ids=["basic-gn", "bottleneck-bcn", "basic-bn", "preactivation-gn"],
+    [
+        (BasicBlock, GN),
+        (Bottleneck, BCN),
+        (BasicBlock, nn.BatchNorm),
+        (PreActBlock, functools.partial(ChannelNorm, num_groups=4)),
+    ],
+    ids=["basic-gn", "bottleneck-bcn", "basic-bn", "preactivation-channel-norm"],
 )
 def test_padding_does_not_count(block, norm):
     image, padded = images()

@@ -1,5 +1,7 @@
 """Splitting batch, positions or channels over explicit or automatic axes changes no result."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -74,6 +76,22 @@ def test_channel_norm(split):
     x, mesh = normal(1, 4, 4, 4, 16), make_mesh("explicit")
     expected = jax.device_get(jax.jit(step)(x))
     assert tree_relative_error(on_mesh(mesh, step, (SPLITS[split],), (x,)), expected) < 1e-5
+
+
+def test_one_axis_manual_the_other_explicit():
+    """`shard_map` over the samples alone."""
+    x = normal(1, 4, 4, 4, 16)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    expected = channel_norm(x, num_groups=4)
+    with jax.set_mesh(mesh):
+        of_samples = jax.shard_map(
+            functools.partial(channel_norm, num_groups=4),
+            in_specs=P("data"),
+            out_specs=P("data"),
+            axis_names={"data"},
+        )
+        actual = jax.jit(of_samples)(jax.device_put(x, P("data")))
+    assert tree_relative_error(jax.device_get(actual), expected) < 1e-6
 
 
 @pytest.mark.parametrize("spec", [P(None, None, None, "data"), P(None, None, "data")], ids=str)

@@ -90,10 +90,11 @@ def test_every_parameter_learns_but_the_frozen_ones():
         assert np.any(gradient) != frozen, name
 
 
-def test_what_is_in_other_slots_does_not_matter():
+@pytest.mark.parametrize("box", [[5, 6, 60, 50], np.nan], ids=str)
+def test_what_is_in_other_slots_does_not_matter(box):
     batch = scenes(8)
     rest = ~batch["valid"]
-    batch["boxes"][rest] = [5, 6, 60, 50]
+    batch["boxes"][rest] = box
     batch["labels"][rest] = 2
     batch["masks"][rest] = 1
     assert relative_difference(first_step(), run(batch)) == 0

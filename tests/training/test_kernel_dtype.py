@@ -49,6 +49,43 @@ def test_kernels_alone_are_rounded_and_none_is_widened():
     assert {name: array.dtype for name, array in params.items()} == expected
 
 
+def test_standardized_kernels_of_dense_layers_are_not_rounded():
+    values = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
+    params = {"conv": {"kernel": values}, "dense": {"kernel": values[0, 0]}}
+    seen = {}
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        seen.update({name: layer["kernel"].dtype for name, layer in params.items()})
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(params)), ({}, {})
+
+    ws = WeightStandardization(where=("conv", "dense"))
+    step = make_train_step(loss_fn, SGD, transform=ws, kernel_dtype=jnp.bfloat16)
+    jax.jit(step)(TrainState.create({"params": params}, SGD), {"x": jnp.ones(2)})
+    assert seen == {"conv": jnp.bfloat16, "dense": jnp.float32}
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_losses_and_metrics_add_up_in_float32(loop):
+    """In float16 the sum of losses is not finite; booleans would add up to true."""
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        loss = (params["w"] * 100 * batch["x"].mean()).astype(jnp.float16)
+        return loss, (batch_stats, {"late": (batch["index"] >= 512).any(), "rate": 0.25})
+
+    micro_batches = MicroBatches(count=1024 if loop == "scan" else 16, loop=loop)
+    batch = {"x": jnp.ones(1024), "index": jnp.arange(1024)}
+    if loop == "unroll":
+        batch = jax.tree.map(lambda x: x[::64], batch)
+    step = jax.jit(make_train_step(loss_fn, SGD, micro_batches=micro_batches))
+    _, metrics = step(TrainState.create({"params": {"w": jnp.ones(())}}, SGD), batch)
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "loss": 100,
+        "grad_norm": 100,
+        "late": 0.5,
+        "rate": 0.25,
+    }
+
+
 @pytest.mark.parametrize("loop", ["scan", "unroll"])
 def test_gradients_accumulate_in_float32(loop):
     """256 + 1 is 256 in bfloat16, but the mean over micro-batches counts all four."""

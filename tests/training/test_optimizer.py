@@ -1,4 +1,5 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +7,7 @@ import optax
 import pytest
 
 from wsbcn_flax.models import CifarResNet
-from wsbcn_flax.training import OptimizerConfig, kernel_mask
+from wsbcn_flax.training import OptimizerConfig, TrainState, kernel_mask, make_train_step
 
 
 @pytest.mark.parametrize(("decays_everything", "scale_decay"), [(False, 0.0), (True, 0.01)])
@@ -79,6 +80,35 @@ def test_weight_decay_reaches_kernels_only():
     flat = jax.tree_util.tree_leaves_with_path(mask)
     assert {path[-1].key for path, decays in flat if decays} == {"kernel"}
     assert {path[-1].key for path, decays in flat if not decays} == {"scale", "bias"}
+
+
+def test_boxed_parameters_are_those_inside():
+    """As `nn.with_partitioning` makes them."""
+    plain = {"conv": {"kernel": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2)}}
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), plain)
+    config = OptimizerConfig(weight_decay=0.1, bias_factor=2.0, frozen=("head/kernel",))
+    updates = []
+    for params in (plain, boxed):
+        params = {**params, "head": params["conv"]}
+        optimizer = config.make(optax.constant_schedule(0.1))
+        update, _ = optimizer.update(params, optimizer.init(params), params)
+        updates.append(nn.unbox(update))
+    chex.assert_trees_all_equal(*updates)
+    assert float(updates[0]["head"]["kernel"].max()) == 0
+
+
+def test_an_optimizer_that_needs_the_loss_receives_it():
+    def loss_fn(params, batch_stats, batch, *, rng):
+        return params["w"] ** 2 + batch["x"].mean(), (batch_stats, {})
+
+    optimizer = optax.chain(
+        optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, atol=1e-6)
+    )
+    step = jax.jit(make_train_step(loss_fn, optimizer))
+    state = TrainState.create({"params": {"w": jnp.ones(())}}, optimizer)
+    for _ in range(3):
+        state, _ = step(state, {"x": jnp.ones(2)})
+    assert float(state.opt_state[1].scale) == 0.25  # Two plateaus.
 
 
 def test_warmup_then_cosine():

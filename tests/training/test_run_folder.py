@@ -64,6 +64,29 @@ def run(folder, *, recipe=RECIPE, data=None, steps=2, **loop):
     return experiment.run(folder, config=config, recipe=recipe)
 
 
+class Noisy(Line):
+    def loss(self, params, batch_stats, batch, *, rng, extra):
+        return 0 * params["w"], (batch_stats, {"noise": jax.random.uniform(rng)})
+
+
+def test_a_seed_replaces_the_experiments_own_in_dropout_too(tmp_path):
+    config = LoopConfig(steps=1, log_every=1, show_progress=False)
+    noise = []
+    for own, seed in ((0, 1), (1, None), (0, None)):
+        experiment = Experiment(
+            task=Noisy(),
+            data=Ones(),
+            optimizer=optax.sgd(0.1),
+            steps=1,
+            batch=BatchConfig(size=8, devices=1),
+            seed=own,
+        )
+        folder = tmp_path / f"{own}-{seed}"
+        experiment.run(folder, config=config, seed=seed)
+        noise.append(read_jsonl(folder / "metrics.jsonl")[0]["noise"])
+    assert noise[0] == noise[1] != noise[2]
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from oracles import relative_difference
 from tiny_network import TinyNet, make_batch
 
@@ -92,6 +93,26 @@ OTHERS = {
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: "-".join(map(str, s.values())))
 def test_every_split_gives_the_same_step(split):
     assert relative_difference(one_step(TINY), one_step(TINY, **split)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "micro",
+    [{"count": 2, "loop": "vmap"}, {"count": 2, "loop": "scan"}],
+    ids=lambda micro: micro["loop"],
+)
+def test_shard_map_may_check_what_devices_share(micro, mesh8):
+    """With `check_vma`, its default, JAX adds up gradients of shared parameters by itself."""
+    step = make_train_step(
+        Classification(model=TINY),
+        OPTIMIZER,
+        transform=WeightStandardization(),
+        micro_batches=MicroBatches(**micro),
+        axis_name="data",
+    )
+    sharded = jax.shard_map(step, mesh=mesh8, in_specs=(P(), P("data")), out_specs=P())
+    state, metrics = jax.jit(sharded)(state_after_one_step(TINY), BATCH)
+    actual = jax.device_get((state.params, state.batch_stats, state.opt_state, metrics))
+    assert relative_difference(one_step(TINY), actual) < TOLERANCE
 
 
 def test_a_split_gives_the_same_step_of_a_resnet():

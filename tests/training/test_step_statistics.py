@@ -220,6 +220,27 @@ def test_stacked_layers_have_sums_of_their_own(batch):
     assert state.batch_stats["norm"]["count"].shape == (2,)
 
 
+def test_the_count_may_be_an_integer(batch):
+    """As PyTorch's num_batches_tracked is. A mask's share of a call is a fraction."""
+    norm = Norm(use_running_average=False)
+    variables = norm.init(jax.random.key(0), batch["x"])
+    mask = jnp.ones((*batch["x"].shape[:-1], 1)).at[:, 0].set(0)
+
+    def loss_fn(params, batch_stats, batch, *, rng):
+        variables = {"params": params, "batch_stats": batch_stats}
+        y, updates = norm.apply(variables, batch["x"], mask=batch["mask"], mutable=["batch_stats"])
+        return jnp.mean(y**2), (updates["batch_stats"], {})
+
+    step, stats = jax.jit(make_train_step(loss_fn, SGD)), []
+    for dtype in (jnp.float32, jnp.int32):
+        given = {**variables["batch_stats"], "count": jnp.zeros((), dtype)}
+        state = TrainState.create({**variables, "batch_stats": given}, SGD)
+        stats.append(step(state, {"x": batch["x"], "mask": mask})[0].batch_stats)
+        assert stats[-1]["count"].dtype == dtype
+    chex.assert_trees_all_equal(*(jax.tree.map(jnp.float32, each) for each in stats))
+    assert float(stats[0]["count"]) == 1
+
+
 def test_frozen_variables_train(batch):
     """FrozenDict in, FrozenDict out, with the same numbers."""
     model = Shared()

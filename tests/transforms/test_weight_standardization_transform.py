@@ -335,6 +335,11 @@ def test_stacked_layers_equal_the_stack_of_ws_conv(kind, preset):
     assert tree_relative_error(wrong, expected) > 1e-2
 
 
+def test_a_pattern_takes_no_stacked_bias():
+    params = {"conv": {"kernel": jnp.ones((3, 3, 3, 2, 4)), "bias": jnp.ones((3, 4))}}
+    assert WeightStandardization(where="conv", stacked_axes=1).paths(params) == ["conv/kernel"]
+
+
 @pytest.mark.parametrize("where", ["model", "default"])
 def test_an_ensemble_of_whole_trees(where):
     ws_model, plain = (Net(conv, use_bias=True) for conv in (WSConv, nn.Conv))

@@ -35,7 +35,9 @@ class CallSums(NamedTuple):
     @classmethod
     def zero(cls, stats: RunningStats) -> "CallSums":
         """Returns the sums before the first call."""
-        return cls(*map(jnp.zeros_like, stats))
+        mean, var, count = stats
+        # The weights are fractions, also if the count is an integer.
+        return cls(jnp.zeros_like(mean), jnp.zeros_like(var), jnp.zeros_like(count, mean.dtype))
 
     def add(self, new: RunningStats, mask: jax.Array | None) -> "CallSums":
         """Returns the sums after a call that alone would have made the statistics ``new``."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wsbcn_flax.layers import BatchChannelNorm
+from wsbcn_flax.layers import BatchChannelNorm, ChannelNorm
 from wsbcn_flax.models._layers import ModuleFactory
 
 
@@ -70,7 +70,7 @@ class Padding:
             def apply(x: jax.Array) -> jax.Array:
                 mask: Any = self.mask(x)
                 # Flax's normalizations need a mask for every channel.
-                own = isinstance(layer, BatchChannelNorm)
+                own = isinstance(layer, BatchChannelNorm | ChannelNorm)
                 y = layer(x, mask=mask if own else jnp.broadcast_to(mask, x.shape))
                 return jnp.where(mask, y, 0)
 

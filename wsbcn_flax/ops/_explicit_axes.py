@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -35,4 +36,19 @@ def with_automatic_axes(function: Callable[..., Any], arrays: tuple[Any, ...], l
         # Constants have no mesh.
         return own if own.mesh.axis_names else NamedSharding(mesh, PartitionSpec())
 
-    return jax.sharding.auto_axes(function, out_sharding=jax.tree.map(sharding, like))(*arrays)
+    automatic = jax.sharding.auto_axes(
+        function, axes=mesh.explicit_axes, out_sharding=jax.tree.map(sharding, like)
+    )
+    return automatic(*arrays)
+
+
+def varying_axes(array: Any) -> frozenset[Any]:
+    """Returns the device axes of a ``shard_map`` over which an array, or its shape, varies."""
+    aval = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    return aval.manual_axis_type.varying if aval.manual_axis_type else frozenset()
+
+
+def vary_over(axes: frozenset[Any], array: jax.Array) -> jax.Array:
+    """Marks an array as varying over device axes of a ``shard_map``, as its ``check_vma`` needs."""
+    missing = tuple(axes - varying_axes(array))
+    return lax.pcast(array, missing, to="varying") if missing else array

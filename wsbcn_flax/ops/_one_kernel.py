@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+
+from wsbcn_flax.ops._explicit_axes import vary_over, varying_axes
 
 Wanted = Sequence[bool]
 LANES = 128  # Columns that a TPU computes at a time.
@@ -161,18 +162,8 @@ def fit_at_once(*arrays: Any) -> bool:
 def _flatten(arguments: Any) -> tuple[list[jax.Array], Any]:
     """Returns the leaves, made to vary over the same ``shard_map`` axes, and the structure."""
     flat, tree = jax.tree.flatten(arguments)
-    axes = frozenset().union(*map(_axes, flat))
-
-    def varying(leaf):
-        missing = tuple(axes - _axes(leaf))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return [varying(leaf) for leaf in flat], tree
-
-
-def _axes(array: jax.Array) -> frozenset[Any]:
-    """Returns the device axes of a ``shard_map`` over which an array varies."""
-    return jax.typeof(array).manual_axis_type.varying
+    axes = frozenset().union(*map(varying_axes, flat))
+    return [vary_over(axes, leaf) for leaf in flat], tree
 
 
 def _trace(function: Callable[..., Any], arguments: Any) -> tuple[Any, Any]:

@@ -165,9 +165,10 @@ class Detection(Task):
         per_device = convention.proposals_per == "device"
         of_anchors, of_regions = jax.vmap(jax.random.split, out_axes=1)(keys)
         image_hw, labels = batch["image_hw"], batch["labels"]
-        truth = Boxes(
-            batch["boxes"] - self._last_pixel(batch["boxes"]), batch["valid"].astype(bool)
-        )
+        # Empty slots may hold NaN, whose gradient is NaN however small a share it has in the loss.
+        valid = batch["valid"].astype(bool)
+        boxes = jnp.where(valid[..., None], batch["boxes"], 0)
+        truth = Boxes(boxes - self._last_pixel(boxes), valid)
 
         levels, anchors, outputs = self._first_stage(model, batch, train=True)
         objectness, proposal = proposal_losses(

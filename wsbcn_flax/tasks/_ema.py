@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.tasks._task import Batch, Loss, Metrics, Task
 
 
 @struct.dataclass
 class Averaged:
-    """The ``extra`` of ``Ema``: the averages, and the ``extra`` of the inner task."""
+    """The ``extra`` of ``Ema``: averages in float32 or wider, and the inner task's ``extra``."""
 
     params: Any
     batch_stats: Any
@@ -78,15 +79,16 @@ class Ema(Task):
         inside = state.replace(extra=state.extra.extra if started else state.extra)
         extra = self.task.after_update(inside)
         current = (state.params, state.batch_stats)
-        if not started:
-            return Averaged(params=state.params, batch_stats=state.batch_stats, extra=extra)
+        if not started:  # Copies: a step that donates its state may be given no buffer twice.
+            params, batch_stats = jax.tree.map(lambda x: jnp.array(x, _dtype(x)), current)
+            return Averaged(params=params, batch_stats=batch_stats, extra=extra)
         step = state.step.astype(jnp.float32)
         share = 1 - jnp.minimum(self.decay, (1 + step) / (10 + step))
 
         def moved(average, value):
             if not jnp.issubdtype(value.dtype, jnp.inexact):
                 return value
-            return average + share.astype(value.dtype) * (value - average)
+            return average + share.astype(average.dtype) * (value - average)
 
         averages = jax.tree.map(moved, (state.extra.params, state.extra.batch_stats), current)
         params, batch_stats = averages
@@ -94,8 +96,17 @@ class Ema(Task):
 
     def for_evaluation(self, state: Any) -> Any:
         """Returns the state with the averages in place of parameters and statistics."""
-        averaged = state.extra
-        inside = state.replace(
-            params=averaged.params, batch_stats=averaged.batch_stats, extra=averaged.extra
+        averages = (state.extra.params, state.extra.batch_stats)
+        params, batch_stats = jax.tree.map(
+            lambda average, value: average.astype(value.dtype),
+            averages,
+            (state.params, state.batch_stats),
         )
+        inside = state.replace(params=params, batch_stats=batch_stats, extra=state.extra.extra)
         return self.task.for_evaluation(inside)
+
+
+def _dtype(value: jax.Array) -> jnp.dtype:
+    """Returns the dtype of a value's average: small changes would be lost in half precision."""
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    return statistics_dtype(value.dtype) if floating else value.dtype

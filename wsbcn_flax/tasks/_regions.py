@@ -106,6 +106,8 @@ def mask_loss(
     logits: jax.Array, targets: jax.Array, labels: jax.Array, positive: jax.Array
 ) -> LossSum:
     """Computes the loss of masks from logits [B, P, M, M, K + 1] and targets [B, P, M, M]."""
+    # Other targets may be NaN, whose gradient is NaN however small a share it has in the loss.
+    targets = jnp.where(positive[:, :, None, None], targets, 0)
     error = optax.sigmoid_binary_cross_entropy(of_label(logits, labels), targets)
     total = jnp.sum(jnp.mean(error, axis=(2, 3)), axis=1, where=positive)
     return LossSum(total, jnp.sum(positive, axis=1))

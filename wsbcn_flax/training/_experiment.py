@@ -231,7 +231,7 @@ class Experiment:
             folder: Folder of the run; None saves nothing.
             config: Number of steps, and intervals of logging, evaluation and checkpoints.
             program: Result of ``compile``, to compile once for many seeds.
-            seed: Seed that replaces the experiment's own.
+            seed: Seed that replaces the experiment's own; a given program keeps its dropout.
             tensorboard: Whether to write TensorBoard's files too.
             recipe: JSON values that distinguish this run from others, kept as ``recipe.json``.
 
@@ -243,8 +243,8 @@ class Experiment:
             ValueError: If the folder holds a run of another recipe.
             PreemptedError: After SIGTERM or Ctrl-C, with a checkpoint of the step it stopped at.
         """
-        program = program or self.compile()
         seed = self.seed if seed is None else seed
+        program = program or dataclasses.replace(self, seed=seed).compile()
         state = program.init(seed)  # Before the folder is claimed, since it may raise.
         with contextlib.ExitStack() as stack:
             options: dict[str, Any] = {}

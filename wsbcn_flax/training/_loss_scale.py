@@ -29,11 +29,6 @@ def scale_loss(loss_fn: ScalarLossFn, loss_scale: DynamicScale) -> ScalarLossFn:
     return scaled_loss_fn
 
 
-def unscale(gradients: Any, loss_scale: DynamicScale) -> Any:
-    """Divides gradients of the scaled loss by the scale."""
-    return jax.tree.map(lambda g: g / jnp.asarray(loss_scale.scale, g.dtype), gradients)
-
-
 def skip_if_not_finite(
     state: TrainState, new_state: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:

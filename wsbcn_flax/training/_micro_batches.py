@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.ops._checks import statistics_dtype
+from wsbcn_flax.ops._explicit_axes import vary_over, varying_axes
 from wsbcn_flax.tasks import Batch, Metrics
 from wsbcn_flax.training._sums import pack_vectors
 
@@ -173,7 +174,13 @@ def _evaluate_in_turn(loss_fn, params, batch_stats, batches, rngs, micro_batches
     inputs = (jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batches), rngs)
     first = jax.tree.map(lambda x: x[0], inputs)
     shapes = jax.eval_shape(lambda: _evaluate(loss_fn, params, batch_stats, *first))
-    zeros, unpack = pack_vectors(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    zeros, unpack = pack_vectors(
+        jax.tree.map(lambda x: vary_over(varying_axes(x), jnp.zeros(x.shape, x.dtype)), shapes)
+    )
+    if carried:
+        batch_stats = jax.tree.map(
+            lambda x, new: vary_over(varying_axes(new), x), batch_stats, shapes.batch_stats
+        )
     (total, stats), _ = lax.scan(body, (zeros, batch_stats), inputs, unroll=_unrolls(micro_batches))
     total = unpack(total)
     if not carried:

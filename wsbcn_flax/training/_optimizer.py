@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 from flax import nnx
+from flax.core import meta
 
 Kind = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine"]
@@ -180,10 +181,15 @@ def _bias_mask(params: Any) -> Any:
     return _map_paths(lambda path: path.endswith("bias"), params)
 
 
+def path_of(path: Any) -> str:
+    """Returns a parameter's path, such as "conv/kernel", without what is inside a box."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
 def _map_paths(function: Callable[[str], Any], params: Any) -> Any:
     """Returns a tree of the function's values at paths such as "conv/kernel"."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: function("/".join(str(getattr(key, "key", key)) for key in path)),
+        lambda path, _: function(path_of(path)),
         params,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
+        is_leaf=lambda node: isinstance(node, nnx.Variable | meta.AxisMetadata),
     )

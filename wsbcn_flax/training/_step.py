@@ -13,15 +13,17 @@ from flax.core import FrozenDict, freeze
 from jax import lax
 
 from wsbcn_flax.layers._step_statistics import advance, collected, collecting
+from wsbcn_flax.ops._checks import statistics_dtype
 from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics, Task
-from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite, unscale
+from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite
 from wsbcn_flax.training._micro_batches import (
     MicroBatches,
     ScalarLossFn,
     evaluate_micro_batches,
 )
+from wsbcn_flax.training._optimizer import path_of
 from wsbcn_flax.training._state import TrainState
-from wsbcn_flax.training._sums import sum_over_devices
+from wsbcn_flax.training._sums import on_each_device, sum_over_devices
 from wsbcn_flax.transforms import WeightStandardization
 
 _ONE = MicroBatches()
@@ -55,7 +57,7 @@ def make_train_step(
     Args:
         task: Task to train, or a loss function ``(params, batch_stats, batch, *, rng) -> (loss,
             (batch_stats, metrics))``. Losses and metrics are means over the batch.
-        optimizer: Any optax transformation.
+        optimizer: Any optax transformation; it receives the loss as ``value``, which some need.
         transform: Function params -> params, such as ``WeightStandardization()``; None for the
             identity.
         kernel_dtype: Dtype the model's convolutions compute in, if narrower than the parameters.
@@ -116,7 +118,9 @@ def make_train_step(
             if isinstance(transform, WeightStandardization):
                 # Not `transformed`, rounded: the TPU kernel writes its output in a single dtype.
                 params = dataclasses.replace(transform, dtype=kernel_dtype)(state.params)
-            params = _round(params, kernel_dtype)
+            params = _round(params, kernel_dtype, like=transformed)
+        if axis_name is not None:
+            params = on_each_device(params, axis_name)
         loss = _in_means(_loss_fn(task, state))
         if micro_batches.batch_stats == "average":
             loss = _adds_calls_up(loss)
@@ -136,13 +140,17 @@ def make_train_step(
             batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
             batch_stats = freeze(batch_stats)
-        gradients = _mean_gradients(
-            out.gradients, out.metrics["loss"].weight, pull_back, like=transformed
-        )
+        weight = out.metrics["loss"].weight
         if state.loss_scale is not None:
-            gradients = unscale(gradients, state.loss_scale)
+            weight = weight * state.loss_scale.scale
+        gradients = _mean_gradients(out.gradients, weight, pull_back, like=transformed)
+        metrics = {name: mean.divide() for name, mean in out.metrics.items()}
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            update = optax.with_extra_args_support(optimizer).update
+            updates, opt_state = update(
+                gradients, state.opt_state, state.params, value=metrics["loss"]
+            )
             new_params = optax.apply_updates(state.params, updates)
         new_state = dataclasses.replace(
             state,
@@ -153,8 +161,6 @@ def make_train_step(
         )
         after_update = getattr(task, "after_update", lambda state: state.extra)
         new_state = dataclasses.replace(new_state, extra=after_update(new_state))
-        metrics = {name: mean.divide() for name, mean in out.metrics.items()}
-        metrics["grad_norm"] = optax.tree.norm(gradients)
         if state.loss_scale is not None:
             new_state, metrics = skip_if_not_finite(state, new_state, metrics)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
@@ -193,13 +199,21 @@ def _in_means(loss_fn: LossFn) -> ScalarLossFn:
 
     def total_loss_fn(params, batch_stats, batch, *, rng):
         loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, rng=rng)
-        means = {
-            name: value if isinstance(value, Mean) else Mean(value, jnp.ones((), value.dtype))
-            for name, value in {**metrics, "loss": loss}.items()
-        }
+        means = {name: _mean(value) for name, value in {**metrics, "loss": loss}.items()}
         return means["loss"].total, (batch_stats, means)
 
     return total_loss_fn
+
+
+def _mean(value: Any) -> Mean:
+    """Returns a loss or metric as a ``Mean`` in float32 or wider, to be added up."""
+
+    def widen(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return x.astype(statistics_dtype(x.dtype))
+
+    value = jax.tree.map(widen, value)
+    return value if isinstance(value, Mean) else Mean(value, jnp.ones_like(value))
 
 
 def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:
@@ -218,15 +232,18 @@ def _narrow(gradient: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return gradient.astype(dtype) if gradient.ndim > 1 else gradient
 
 
-def _round(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Rounds convolution kernels to ``dtype``, once, and writes them to memory."""
+def _round(params: Any, dtype: jax.typing.DTypeLike, *, like: Any) -> Any:
+    """Rounds convolution kernels to ``dtype``, once, and writes them to memory.
 
-    def rounded(path, array):
-        is_kernel = getattr(path[-1], "key", None) == "kernel" and array.ndim > 2
-        floating = jnp.issubdtype(array.dtype, jnp.floating)
-        if not is_kernel or not floating or jnp.finfo(array.dtype).bits <= jnp.finfo(dtype).bits:
-            return array
+    Other parameters are those of ``like``, whose kernels are not rounded yet.
+    """
+
+    def rounded(path, array, wide):
+        is_kernel = path_of(path).rpartition("/")[2] == "kernel" and wide.ndim > 2
+        floating = jnp.issubdtype(wide.dtype, jnp.floating)
+        if not is_kernel or not floating or jnp.finfo(wide.dtype).bits <= jnp.finfo(dtype).bits:
+            return wide
         # Without this, XLA repeats the kernel's computation, in its own dtype, at each use.
         return lax.optimization_barrier(array.astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(rounded, params)
+    return jax.tree_util.tree_map_with_path(rounded, params, like)

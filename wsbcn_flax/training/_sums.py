@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax import flatten_util, lax
 
+from wsbcn_flax.ops._explicit_axes import vary_over, varying_axes
+
 
 def pack_vectors(tree: Any) -> tuple[tuple[list[jax.Array], jax.Array], Callable[..., Any]]:
     """Returns the arrays of rank 2 and more, all others as one vector, and the inverse function.
@@ -23,6 +25,16 @@ def pack_vectors(tree: Any) -> tuple[tuple[list[jax.Array], jax.Array], Callable
         return jax.tree.unflatten(structure, [next(large if of else small) for of in is_large])
 
     return (large, vector), unpack
+
+
+def on_each_device(tree: Any, axis_name: Any) -> Any:
+    """Marks arrays as different on each device of an axis, if ``shard_map`` keeps such marks.
+
+    With its ``check_vma`` (the default), JAX itself adds up the gradients of arrays that are the
+    same on all devices. ``sum_over_devices`` would then add them up once more.
+    """
+    axes = varying_axes(lax.axis_index(axis_name))  # Without check_vma nothing is marked.
+    return jax.tree.map(lambda leaf: vary_over(axes, leaf), tree)
 
 
 def sum_over_devices(tree: Any, axis_name: str) -> Any:

@@ -13,7 +13,18 @@ from jax.interpreters import ad, batching
 _FOLLOWED = (
     {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "rev", "split"}
     | {"slice", "dynamic_slice", "dynamic_update_slice", "gather", "scatter", "scatter-add"}
-    | {"concatenate", "pad", "select_n", "copy", "copy_p", "name", "optimization_barrier"}
+    | {
+        "concatenate",
+        "stack",
+        "unstack",
+        "tile",
+        "pad",
+        "select_n",
+        "copy",
+        "copy_p",
+        "name",
+        "optimization_barrier",
+    }
     | {"convert_element_type", "reduce_precision", "device_put", "sharding_constraint", "reshard"}
     | {"add", "add_any", "sub", "neg", "mul", "div", "abs", "max", "min", "clamp", "cumsum"}
     | {"reduce_sum", "reduce_max", "reduce_min", "reduce_window", "reduce_window_sum"}

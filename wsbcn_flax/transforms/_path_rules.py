@@ -84,7 +84,7 @@ def select_kernels(
     else:
         entries = (where,) if isinstance(where, str) else tuple(where)
         exact = {entry.path: entry for entry in entries if isinstance(entry, ConvolutionKernel)}
-        matched = _match_entries(entries, leaves)
+        matched = _match_entries(entries, leaves, stacked_axes=stacked_axes)
     if not matched:
         rule = "the default rule" if where is None else f"where={where!r}"
         raise ValueError(_nothing_matched(rule, leaves, has_norms=bool(scales)))
@@ -103,13 +103,15 @@ def sibling(path: str, name: str) -> str:
     return f"{_parent(path)}/{name}".removeprefix("/")
 
 
-def _match_entries(entries: Sequence[str | ConvolutionKernel], leaves: Leaves) -> set[str]:
+def _match_entries(
+    entries: Sequence[str | ConvolutionKernel], leaves: Leaves, *, stacked_axes: int
+) -> set[str]:
     matches: dict[str, list[str]] = {}
     for entry in entries:
         if isinstance(entry, ConvolutionKernel):
             matches[entry.path] = [entry.path] if entry.path in leaves else []
         elif isinstance(entry, str):
-            matches[entry] = _match(entry, leaves)
+            matches[entry] = _match(entry, leaves, stacked_axes=stacked_axes)
         else:
             raise TypeError(
                 "where must be None, a predicate, or made of patterns and ConvolutionKernels, "
@@ -120,12 +122,12 @@ def _match_entries(entries: Sequence[str | ConvolutionKernel], leaves: Leaves) -
     return {path for paths in matches.values() for path in paths}
 
 
-def _match(pattern: str, leaves: Leaves) -> list[str]:
-    """Lists leaves of rank 2 or more whose path, or whose module's path, the pattern matches."""
+def _match(pattern: str, leaves: Leaves, *, stacked_axes: int) -> list[str]:
+    """Lists leaves of rank 2 in a layer whose path, or whose module's path, the pattern matches."""
     return [
         path
         for path, leaf in leaves.items()
-        if leaf.ndim >= 2
+        if leaf.ndim - stacked_axes >= 2
         and any(
             name == pattern or fnmatch.fnmatchcase(name, pattern) for name in (path, _parent(path))
         )

@@ -99,6 +99,15 @@ def test_bitmap_targets_equal_a_loop_with_adaptive_samples():
         assert (target > 1e-3).any()
 
 
+@pytest.mark.parametrize("side", [84, 85, 196])
+def test_a_roi_may_be_as_large_as_its_bitmap(side):
+    """Jitted, 84 / 28 may be a little more than 3: XLA multiplies by 1 / 28."""
+    targets = jax.jit(bitmap_targets)(
+        jnp.ones((1, side, side)), jnp.float32([[0, 0, side, side]]), jnp.array([0])
+    )
+    np.testing.assert_allclose(targets, 1, atol=1e-5)
+
+
 def test_wrong_shapes_are_errors():
     with pytest.raises(ValueError, match=r"masks must have shape \[G, M, M\], .* \(1, 28, 28\)"):
         mask_targets(np.ones((1, 28, 28)), BOXES, ROIS, INDEX)

@@ -113,13 +113,15 @@ def bitmap_targets(
 
     def weights(start, end, pixels):
         """Returns weights [size, pixels] of an axis; the RoI sets the number of samples."""
-        step = jnp.maximum(end - start, 1) / size
-        count = jnp.ceil(step)
+        side = jnp.maximum(end - start, 1)
         sample = jnp.arange(-(-pixels // size), dtype=rois.dtype)[None]
+        # There are ceil(side / size) samples. XLA may divide by a product with 1 / size, of which
+        # the ceiling can be one more.
+        counted = sample * size < side
+        count, step = jnp.sum(counted), side / size
         bins = jnp.arange(size, dtype=rois.dtype)[:, None]
         points = start + bins * step + (sample + 0.5) * step / count
-        counted = (sample < count)[..., None]
-        return jnp.sum(jnp.where(counted, axis_weights(points, pixels), 0), 1) / count
+        return jnp.sum(jnp.where(counted[..., None], axis_weights(points, pixels), 0), 1) / count
 
     def target(roi_index):
         roi, i = roi_index
