@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -26,10 +26,12 @@ class ClassificationRecipe(Recipe):
     """A run of image classification.
 
     Attributes:
-        data: Dataset.
+    data: Dataset.
         model: Network.
         label_smoothing: Probability spread over all classes in the training loss.
     """
+
+    has_error: ClassVar[bool] = True
 
     data: DataConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

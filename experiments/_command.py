@@ -24,7 +24,7 @@ def make_main(command: Callable[..., object], *, options: Any = None) -> Callabl
 
     With ``options``, a dataclass or a union of dataclasses, the function takes an instance.
     """
-    prog = command.__name__.strip("_")
+    prog = f"python -m experiments.{command.__name__.strip('_')}"
 
     def parse_and_run(argv: list[str]) -> None:
         if options is None:
@@ -81,7 +81,7 @@ def _keep_compiled_programs() -> None:
 
 def is_users_mistake(error: Exception) -> bool:
     """Returns whether this project raised an error on purpose, or it is an ``OSError``."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or "No such compile option" in str(error):
         return True
     last = error.__traceback__
     while last is not None and last.tb_next is not None:

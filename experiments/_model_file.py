@@ -79,7 +79,8 @@ class TrainedModel:
         fields |= {"crc32": _checksum(arrays, fields)}
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors = require("safetensors.numpy", extra="convert")
-        safetensors.save_file(arrays, path, metadata={_KEY: json.dumps(fields)})
+        content = safetensors.save(arrays, metadata={_KEY: json.dumps(fields)})
+        path.write_bytes(content)  # Unlike `save_file`, with the user's permissions.
 
 
 def load_model(path: Path) -> TrainedModel:
@@ -97,6 +98,12 @@ def load_model(path: Path) -> TrainedModel:
     safetensors = require("safetensors", extra="convert")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a converted file nor a run's folder.")
+    with path.open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError(
+                f"{path} must be a safetensors file, received a gzip file, which may be a program "
+                "that `experiments.convert --format jax` wrote: see `jax.export.deserialize`."
+            )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -136,7 +143,14 @@ def restore_run(folder: Path) -> tuple[Recipe, dict[str, Any], Experiment, Train
         )
     values, facts = map(read_json, files)
     recipe = recipe_from_dict(values)
-    experiment = recipe.experiment(recipe.data_of_run(facts))
+    try:
+        data = recipe.data_of_run(facts)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{files[1]} must hold the facts that `experiments.train` wrote, received others "
+            f"({error}); is it damaged or of another version?"
+        ) from error
+    experiment = recipe.experiment(data)
     with Checkpointer(folder / "checkpoints") as checkpointer:
         restored = checkpointer.restore_latest(jax.eval_shape(lambda: experiment.init(0)))
     if restored is None:

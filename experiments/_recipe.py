@@ -46,6 +46,10 @@ class DataConfig:
     threads: int = 16
     data_dir: str | None = None
 
+    def __post_init__(self):
+        if self.threads < 0:
+            raise ValueError(f"data.threads must be at least 0, received {self.threads}.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -65,6 +69,12 @@ class ModelConfig:
     stem_strides: int | None = None
     dtype: Dtype = "float32"
     remat: bool = False
+
+    def __post_init__(self):
+        for name in ("width", "stem_strides"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} must be at least 1, received {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +146,8 @@ class Recipe(abc.ABC):
 
     # Whether a serialized program takes any number of inputs rather than one.
     any_batch: ClassVar[bool] = True
+    # Whether evaluation gives ``eval_error``, a fraction of the samples.
+    has_error: ClassVar[bool] = False
 
     data: Any
     model: Any
@@ -150,6 +162,8 @@ class Recipe(abc.ABC):
     def __post_init__(self):
         if not self.epochs > 0:
             raise ValueError(f"epochs must be positive, received {self.epochs}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, received {self.seed}.")
 
     @abc.abstractmethod
     def load_data(self) -> Data:

@@ -113,6 +113,13 @@ def aot(
         raise ValueError(
             f"per_device_batch must be numbers of images, at least 1, received {per_device_batch}."
         )
+    if fits is not None and (fits <= 0 or json or against or micro or profile):
+        raise ValueError(
+            "--fits must be a positive number of GiB, and goes without --json, --against, --micro "
+            f"and --profile, received {fits}."
+        )
+    if profile and platform != "tpu":
+        raise ValueError(f"--profile needs the estimates of --platform tpu, received {platform}.")
     check_writable(json)
     # Compiling for a TPU needs no TPU; this machine's CPU holds the arrays.
     jax.config.update("jax_platforms", "cpu")

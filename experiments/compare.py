@@ -99,7 +99,7 @@ def compare(options: CompareOptions) -> list[Result]:
             progress.note(f"compiling {norm}, micro-batch {size}")
             experiment = recipe.experiment(data)
             program = experiment.compile()
-            config = LoopConfig(steps=experiment.steps, show_progress=sys.stdout.isatty())
+            config = LoopConfig(steps=experiment.steps, show_progress=sys.stderr.isatty())
             for seed in options.seeds:
                 _, metrics = experiment.run(config=config, program=program, seed=seed)
                 error, loss = metrics["eval_error"], metrics["eval_loss"]
@@ -136,6 +136,11 @@ def spread(results: Sequence[Result], norm: str, micro_batch: int) -> Spread:
 
 def _recipe(options: CompareOptions, norm: str, micro_batch: int) -> Recipe:
     recipe = get_recipe(f"{options.data}_{options.model}_{norm}")
+    if not recipe.has_error:
+        raise ValueError(
+            f"compare is for tasks that have a test error, received data {options.data} and model "
+            f"{options.model}. Use python -m experiments.train and evaluate."
+        )
     if micro_batch < 1 or recipe.batch.size % micro_batch:
         raise ValueError(
             f"A micro-batch must divide the batch of {recipe.batch.size}, received {micro_batch}."

@@ -24,6 +24,7 @@ from experiments._command import make_main
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._model_file import TrainedModel, load_model
 from experiments._recipe import Recipe, WeightConfig
+from experiments._tables import check_writable
 from experiments.recipes import get_recipe
 from wsbcn_flax._extras import require
 from wsbcn_flax.transforms import (
@@ -92,11 +93,21 @@ class Run(_Conversion):
 
 
 def convert(conversion: Authors | Run) -> None:
-    """Writes a trained model as one file."""
+    """Writes a trained model as one file.
+
+    Raises:
+        ValueError: For a file whose name belongs to the other format.
+    """
+    out, other = conversion.out, {"jax": ".safetensors", "safetensors": ".gz"}[conversion.format]
+    if out.suffix == other:
+        raise ValueError(
+            f"A file in the format {conversion.format} must not end in {other}, received {out}. "
+            "Choose another name or --format."
+        )
+    check_writable(out, option="OUT")
     model = conversion.load()
     if conversion.fold:
         model = model.folded()
-    out = conversion.out
     if conversion.format == "jax":
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(gzip.compress(serialize(model), compresslevel=1, mtime=0))
@@ -182,7 +193,7 @@ def _name_of(path: Path, state_dict: Mapping[str, np.ndarray]) -> str:
 def serialize(model: TrainedModel) -> bytes:
     """Returns the program from raw inputs [b, ...] to outputs; b is any size, or 1 for detectors.
 
-    ``jax.export.deserialize`` reads it back, without this package.
+    ``jax.export.deserialize`` reads it back with flatbuffers, and without this package.
     """
     require("flatbuffers", extra="convert")
     batch = jax.export.symbolic_shape("b")[0] if model.recipe.any_batch else 1

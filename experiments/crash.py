@@ -48,6 +48,12 @@ class CrashOptions:
     devices: int | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        if self.kills < 1 or (self.devices is not None and self.devices < 1):
+            raise ValueError(
+                f"kills and devices must be at least 1, received {self.kills} and {self.devices}."
+            )
+
 
 class CrashReport(NamedTuple):
     """Result of the comparison.
@@ -79,7 +85,7 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
     _wait_for_step(1, process, whole)
     startup = time.monotonic() - began
     _finish(process)
-    furthest = round(1.5 * _last_step(whole) / options.kills)
+    furthest, end = round(1.5 * _last_step(whole) / options.kills), _last_step(whole)
     moments = random.Random(options.seed)
     killed_at, lost = [], []
     with Progress("kill", total=options.kills) as progress:
@@ -87,7 +93,7 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
             process = _start(options, killed)
             # Kills it while it steps or saves, sometimes while it imports, restores or compiles.
             further = moments.randint(0, furthest)
-            _wait_for_step(_last_step(killed) + further, process, killed)
+            _wait_for_step(min(_last_step(killed) + further, end - 2), process, killed)
             time.sleep(moments.uniform(0, 0.2 if further else startup))
             if process.poll() is not None:
                 _finish(process)

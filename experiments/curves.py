@@ -9,7 +9,7 @@ import tyro
 
 from experiments._command import make_main
 from experiments._figures import error_figure
-from experiments._tables import table
+from experiments._tables import check_writable, table
 from wsbcn_flax.training.writers import read_jsonl
 
 
@@ -31,6 +31,9 @@ def curves(
             (`experiments.train --eval-every`).
         out: File to write the figure to.
     """
+    if not runs:
+        raise ValueError("curves needs at least one folder of a run, received none.")
+    check_writable(out, option="--out", figure=True)
     rows = []
     with error_figure(out, xlabel="step") as axes:
         for name, steps, errors in map(read_curve, runs):

@@ -45,6 +45,7 @@ def detect(
             f"and --threshold {threshold}."
         )
     check_writable(json)
+    check_writable(figure, option="--figure", figure=True)
     found = detect_files(load_model(model), files, threshold=threshold)
     rows = [
         {"file": Path(each["file_name"]).name, "class": each["category"]}

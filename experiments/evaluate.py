@@ -10,7 +10,7 @@ import tyro
 
 from experiments._command import make_main
 from experiments._model_file import load_model
-from experiments._tables import metric_table
+from experiments._tables import check_writable, metric_table
 from wsbcn_flax.training import BatchConfig
 from wsbcn_flax.training.writers import write_json
 
@@ -44,12 +44,14 @@ def evaluate(
         raise ValueError(
             "--results is for detectors, received a model of another task; --json writes metrics."
         )
-    recipe = dataclasses.replace(
-        trained.recipe,
-        data=dataclasses.replace(trained.recipe.data, **given),
+    for option, file in {"--json": json, "--results": results and Path(results)}.items():
+        check_writable(file, option=option)
+    data = dataclasses.replace(trained.recipe.data, **given)
+    recipe = dataclasses.replace(trained.recipe, data=data)
+    experiment = dataclasses.replace(
+        dataclasses.replace(trained, recipe=recipe).experiment,
         batch=BatchConfig(size=batch_size * jax.device_count(), mode="jit"),
     )
-    experiment = dataclasses.replace(trained, recipe=recipe).experiment
     program = experiment.compile()
     state = program.partition.place_state(trained.state)
     metrics = experiment.evaluate(program, state, show_progress=True)

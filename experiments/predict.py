@@ -42,7 +42,10 @@ def predict(
         for path, output in zip(files, outputs, strict=True)
         for row in recipe.describe_output(output, data, top=top)
     ]
-    rich.print(table(f"{model}", rows))
+    if rows:
+        rich.print(table(f"{model}", rows))
+    for path in sorted({path.name for path in files} - {row["file"] for row in rows}):
+        print(f"{path}: nothing was found.")
 
 
 main = make_main(predict)

@@ -95,7 +95,12 @@ class Scene(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit status."""
-    return run_command(lambda argv: _write(tyro.cli(ScenesOptions, args=argv)), argv)
+    return run_command(
+        lambda argv: _write(
+            tyro.cli(ScenesOptions, args=argv, prog="python -m experiments.scenes")
+        ),
+        argv,
+    )
 
 
 def _write(options: ScenesOptions) -> None:

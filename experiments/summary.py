@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments._command import make_main
 from experiments._image_data import PUBLISHED_FACTS
 from experiments._models import make_model
-from experiments._tables import Column
+from experiments._tables import Column, check_writable
 from experiments.recipes import MODELS, get_recipe
 from wsbcn_flax import WSConv
 from wsbcn_flax.models import ModelSummary, summarize
@@ -35,6 +35,7 @@ def summary(
         norm: Normalization and weights, {norm}[_{weight}] as in a recipe's name.
         json: File to write the numbers to.
     """
+    check_writable(json)
     print(f"{norm}: one image in float32, 2 FLOPs a multiply-add")
     print("".join(f"{heading:>18}" for heading, _ in _COLUMNS.values()))
     summaries = {}

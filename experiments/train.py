@@ -53,7 +53,7 @@ def _train_by_name(argv: list[str]) -> None:
     tyro.cli(
         functools.partial(train, recipe=recipes.get_recipe(name), out=Path("runs") / name),
         args=arguments,
-        prog=f"train {name}",
+        prog=f"python -m experiments.train {name}",
         description=recipes.describe(name),
     )
 

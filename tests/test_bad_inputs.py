@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from wsbcn_flax import (
@@ -18,7 +19,13 @@ from wsbcn_flax import (
 )
 from wsbcn_flax.models import VGG, Bottleneck, CifarResNet, DenseNet, ResNet18, ResNet50, summarize
 from wsbcn_flax.ops import RunningStats, StandardizationRule, channel_moments, channel_norm
-from wsbcn_flax.training import MicroBatches, Partition, split_batch
+from wsbcn_flax.training import (
+    MicroBatches,
+    Partition,
+    TrainState,
+    make_train_step,
+    split_batch,
+)
 
 KEY = jax.random.key(0)
 X = jnp.ones((2, 4, 4, 6))
@@ -239,6 +246,23 @@ CASES = {
         lambda: summarize(CifarResNet(depth=8), (1, 32, 32, 3)), r"\(H, W, C\).*\(1, 32, 32, 3\)"
     ),
     # Training.
+    "a layer for a maker": Case(
+        lambda: resnet(norm=BatchChannelNorm(num_groups=2)), r"makes layers.*a layer", TypeError
+    ),
+    "a name for a maker": Case(
+        lambda: resnet(conv="ws"), r"conv must .*received str 'ws'", TypeError
+    ),
+    "variables to standardize": Case(
+        lambda: WeightStandardization(where="conv")({"params": PARAMS}), r"pass variables\["
+    ),
+    "parameters for variables": Case(
+        lambda: TrainState.create(PARAMS, optax.sgd(0.1)), r"a collection \"params\".*'head'"
+    ),
+    "a model for a task": Case(
+        lambda: make_train_step(CifarResNet(depth=8), optax.sgd(0.1)),
+        r"received a model.*Classification\(model=CifarResNet",
+        TypeError,
+    ),
     "no micro-batches": Case(lambda: MicroBatches(count=0), r"at least 1.*received 0"),
     "loop": Case(lambda: MicroBatches(loop="while"), r"'scan'.*'while'"),
     "batch_stats rule": Case(lambda: MicroBatches(batch_stats="sum"), r"'average'.*'sum'"),

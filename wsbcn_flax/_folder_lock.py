@@ -25,6 +25,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUseError: If another process, or another block in this process, holds the lock.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"The folder of a run must not be a file, received {folder}.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:

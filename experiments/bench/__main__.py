@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 def _measure(argv: list[str]) -> None:
     measurement: Measurement = tyro.extras.subcommand_cli_from_dict(
-        _MEASUREMENTS, args=argv, prog="bench", description=bench.__doc__
+        _MEASUREMENTS, args=argv, prog="python -m experiments.bench", description=bench.__doc__
     )
     check_writable(measurement.json)
     print(machine_facts())

@@ -38,13 +38,20 @@ class Data(timing.Measurement):
     threads: tuple[int, ...] = (0, 1, 2)
     repeats: int = 5
 
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.jpegs, self.batch) < 1:
+            raise ValueError(
+                f"jpegs and batch must be at least 1, received {self.jpegs} and {self.batch}."
+            )
+
     def measure(self) -> list[dict[str, Any]]:
         """Measures, prints a table, and returns a row for each pipeline and number of threads."""
         files = min(self.jpegs, 16) if self.quick else self.jpegs
         batch = min(self.batch, files)
         with tempfile.TemporaryDirectory() as folder:
             write_jpegs(Path(folder), files)
-            small = ImageData(get_recipe(f"{self.in_memory}_resnet8_bn").data)
+            small = ImageData(get_recipe(f"{self.in_memory}_resnet20_bn").data)
             passes = {(f"{self.in_memory}_train", 1): functools.partial(train_pass, small, batch)}
             of_files = dataclasses.replace(
                 get_recipe("imagenet_resnet50_bn").data, image_size=self.image_size, data_dir=folder

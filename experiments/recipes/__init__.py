@@ -48,8 +48,8 @@ def get_recipe(name: str) -> Recipe:
     if name not in _NAMES:
         near = difflib.get_close_matches(name, _NAMES, n=3) or recipe_names()[:3]
         raise ValueError(
-            f"A recipe is named {{data}}_{{model}}_{{norm}}[_{{weight}}], received {name!r}. "
-            f"{describe_names(separator='; ')}. The nearest: {', '.join(near)}."
+            f"A recipe is named {{data}}_{{model}}_{{norm}}[_{{weight}}], received {name!r}. Did "
+            f"you mean {', '.join(near)}? `python -m experiments.train --help` lists all."
         )
     recipe, norm = _NAMES[name]
     if recipe.data.name == "imagenet" and norm.startswith("gn"):

@@ -187,7 +187,7 @@ class TestPublic:
                 load_split(name, "train", data_dir=data_dir)
             for part in (build.format(name), *parts):
                 assert part in str(caught.value)
-        assert str(caught.value).endswith("data_dir=DIR."), "MNIST has no archive"
+        assert str(caught.value).endswith("--data.data-dir DIR)."), "MNIST has no archive"
 
     def test_tfds_comes_before_the_archive(self, tmp_path, monkeypatch):
         written = write_cifar(tmp_path / "downloads" / "manual", "cifar10", monkeypatch)

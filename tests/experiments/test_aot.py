@@ -90,6 +90,9 @@ def test_an_unknown_topology_is_one_line(capsys):
         (["--against", "batchnorm"], "The normalization must be one of bn, gn"),
         (["--against", "gn_synced"], "bn_synced or bcn_synced"),
         (["--micro", "2"], "whole number of micro-batches"),
+        (["--fits", "1", "--micro", "1"], "goes without --json, --against, --micro"),
+        (["--fits", "-1"], "a positive number of GiB"),
+        (["--profile"], "needs the estimates of --platform tpu"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):

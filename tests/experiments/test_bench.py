@@ -196,7 +196,7 @@ def test_data_writes_its_rows(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--jpegs", "2", "--batch", "4", "--threads", "-1"], "num_threads must be >= 0"),
+        (["--jpegs", "2", "--batch", "4", "--threads", "-1"], "threads must be at least 0"),
         (["--jpegs", "2", "--image-size", "257"], "received 257 and 256"),
     ],
 )

@@ -45,6 +45,7 @@ def test_writes_table_json_and_figure(tmp_path, capsys, monkeypatch):
         (["--micro-batches", "3"], "must divide the batch of 64, received 3"),
         (["--norms", "xn"], "A recipe is named"),
         (["--data", "cifar10", "--model", "resnet20"], "DatasetNotFoundError"),
+        (["--data", "scenes", "--model", "mask_rcnn_tiny"], "tasks that have a test error"),
     ],
 )
 def test_errors_come_before_the_first_run(arguments, message, tmp_path, capsys):

@@ -46,9 +46,9 @@ def test_evaluation_of_the_run_is_the_one_training_ended_with(run, tmp_path, cap
 
     monkeypatch.setattr("experiments._image_data.load_split", without_training_data)
     assert evaluate.main([str(run), "--json", str(tmp_path / "metrics.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "evaluate: compiling the step" in printed
-    assert "top5_error" in printed
+    printed = capsys.readouterr()
+    assert "evaluate: compiling the step" in printed.err
+    assert "top5_error" in printed.out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     trained = json.loads((run / "result.json").read_text())
     assert metrics["error"] == pytest.approx(trained["eval_error"], abs=1e-6)
@@ -194,3 +194,37 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path):
     safetensors.numpy.save_file({"x": np.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"experiments\.convert"):
         load_model(tmp_path / "other.safetensors")
+
+
+def test_evaluation_needs_no_room_for_a_warm_up(run):
+    """One batch of evaluation may be larger than the training set."""
+    assert evaluate.main([str(run), "--batch-size", "4000"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (evaluate, ["{run}", "--json", "{run}/data.json/x.json"], "--json must name a file"),
+        (convert, ["run", "{run}", "{tmp}"], "OUT must name a file"),
+        (convert, ["run", "{run}", "{tmp}/model.jax.gz"], "must not end in .gz"),
+        (predict, ["{tmp}/program", "image.png"], "received a gzip file"),
+        (evaluate, ["{tmp}/empty"], "must hold the facts that"),
+        (curves, [], "at least one folder of a run"),
+        (curves, ["{run}", "--out", "{tmp}/curves.xyz"], "--out must end in .png"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(command, arguments, message, run, tmp_path, capsys):
+    (tmp_path / "program").write_bytes(gzip.compress(b""))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    (tmp_path / "empty" / "data.json").write_text("{}")
+    assert command.main([part.format(run=run, tmp=tmp_path) for part in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_file_has_the_usual_permissions(model, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -64,10 +64,13 @@ def test_another_recipes_folder_is_refused(trained, capsys):
     ("arguments", "message"),
     [
         (["--epochs", "3", "digits_resnet8_bn"], "The name of the recipe comes first"),
-        (["digits_resnet9_bn"], "The nearest: digits_resnet8_bn"),
+        (["digits_resnet9_bn"], "Did you mean digits_resnet8_bn"),
         (["cifar10_resnet110_bn"], "DatasetNotFoundError"),
         (["digits_resnet8_bn", "--model.name", "resnet9"], "model.name must be one of"),
         (["digits_resnet8_ln", "--optim.learning-rate", "1e30"], "NonFiniteLossError"),
+        (["digits_resnet8_ln", "--epochs", "1"], "Train longer, or lower optim.warmup_epochs"),
+        (["digits_resnet8_bn", "--seed", "-1"], "seed must be at least 0, received -1"),
+        (["digits_resnet8_bn", "--batch.compiler-options", "foo", "bar"], "No such compile option"),
     ],
 )
 @pytest.mark.usefixtures("tiny_network")
@@ -83,6 +86,8 @@ def test_errors_are_one_line(arguments, message, tmp_path, capsys):
     [
         (["--optim.lerning-rate", "1"], "--optim.learning-rate"),
         (["--norm.groups", "-1"], "norm.groups must be at least 1, received -1"),
+        (["--model.width", "0"], "model.width must be at least 1, received 0"),
+        (["--optim.schedule", "step", "--optim.milestones", "2", "1"], "must be positive epochs"),
     ],
 )
 def test_wrong_options_are_explained(arguments, message, capsys):

@@ -39,6 +39,12 @@ def test_an_index_beyond_the_count_is_refused(index, count, monkeypatch):
         join_processes()
 
 
+def test_a_machine_that_is_in_no_cluster_is_told_so():
+    program = "from wsbcn_flax.training import processes; processes.join_processes(cluster=True)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "cluster needs SLURM" in result.stderr.splitlines()[-1]
+
+
 def test_a_process_alone_is_the_first_and_stays_alone():
     join_processes()
     assert not jax.distributed.is_initialized()

@@ -142,10 +142,10 @@ def test_an_empty_loop_shows_nothing_in_a_log():
     assert run(log(), 0) == ""
 
 
-def test_the_default_is_the_standard_output(capsys):
+def test_the_default_is_the_standard_error(capsys):
     with Progress("train", total=1) as progress:
         progress.update(1)
-    assert capsys.readouterr().out == f"train 1/1, 0:00:00 left{os.linesep}"
+    assert capsys.readouterr().err == f"train 1/1, 0:00:00 left{os.linesep}"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

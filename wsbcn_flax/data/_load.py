@@ -39,7 +39,7 @@ class _Dataset(NamedTuple):
 _BUILD = (
     "On a machine that has TensorFlow and the network, run: "
     "pip install tensorflow tensorflow-datasets && tfds build {0} --file_format=array_record {1}"
-    "--data_dir=DIR; then copy DIR/{0} into {{root}}, or pass data_dir=DIR."
+    "--data_dir=DIR; then copy DIR/{0} into {{root}}, or pass data_dir=DIR (--data.data-dir DIR)."
 )
 
 

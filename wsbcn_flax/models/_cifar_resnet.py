@@ -12,7 +12,14 @@ from wsbcn_flax.models._blocks import (
     PreActBottleneck,
     block_class,
 )
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+from wsbcn_flax.models._layers import (
+    ModuleFactory,
+    bind_mode,
+    check_images,
+    classify,
+    make_conv,
+    maker,
+)
 
 
 class CifarResNet(nn.Module):
@@ -98,8 +105,8 @@ class CifarResNet(nn.Module):
                 then apply with ``mutable=["batch_stats"]``.
         """
         check_images(images)
-        conv = functools.partial(self.conv, dtype=self.dtype)
-        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
+        conv = maker("conv", self.conv, dtype=self.dtype)
+        norm = bind_mode(maker("norm", self.norm, dtype=self.dtype), train=train)
         dropout = functools.partial(nn.Dropout, self.dropout_rate, deterministic=not train)
         kind = block_class(self.block)
         x = make_conv(conv, self.width, 3, strides=self.stem_strides, name="stem_conv")(images)

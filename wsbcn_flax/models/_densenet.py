@@ -6,7 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+from wsbcn_flax.models._layers import (
+    ModuleFactory,
+    bind_mode,
+    check_images,
+    classify,
+    make_conv,
+    maker,
+)
 
 
 class _DenseLayer(nn.Module):
@@ -110,8 +117,8 @@ class DenseNet(nn.Module):
                 ``mutable=["batch_stats"]``.
         """
         check_images(images, halvings=2)
-        conv = functools.partial(self.conv, dtype=self.dtype)
-        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
+        conv = maker("conv", self.conv, dtype=self.dtype)
+        norm = bind_mode(maker("norm", self.norm, dtype=self.dtype), train=train)
         x = make_conv(conv, 2 * self.growth, 3, name="stem_conv")(images)
         outputs = []
         for block in (1, 2, 3):

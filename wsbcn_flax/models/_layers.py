@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -39,6 +40,17 @@ def make_conv(
         kernel_init=kernel_init,
         name=name,
     )
+
+
+def maker(argument: str, make: Callable[..., Any], **options: Any) -> ModuleFactory:
+    """Returns a partial of ``make``; raises TypeError for a layer, which is made already."""
+    if isinstance(make, nn.Module) or not callable(make):
+        raise TypeError(
+            f"{argument} must be a class or function that makes layers, such as "
+            f"functools.partial(BatchChannelNorm, num_groups=8), received {type(make).__name__}"
+            f"{', a layer' if isinstance(make, nn.Module) else f' {make!r}'}."
+        )
+    return functools.partial(make, **options)
 
 
 def bind_mode(norm: ModuleFactory, *, train: bool) -> ModuleFactory:

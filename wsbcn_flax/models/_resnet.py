@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from wsbcn_flax.models._blocks import BasicBlock, Bottleneck, block_class
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+from wsbcn_flax.models._layers import (
+    ModuleFactory,
+    bind_mode,
+    check_images,
+    classify,
+    make_conv,
+    maker,
+)
 from wsbcn_flax.models._padding import Padding
 
 
@@ -112,11 +119,11 @@ class ResNet(nn.Module):
                 Needs a normalization that takes a ``mask``.
         """
         check_images(images)
-        conv = functools.partial(self.conv, dtype=self.dtype)
+        conv = maker("conv", self.conv, dtype=self.dtype)
         padding = Padding.of(images, image_hw)
 
         def norm_of(stage: int) -> ModuleFactory:
-            norm = padding.leave_out_of(functools.partial(self.norm, dtype=self.dtype))
+            norm = padding.leave_out_of(maker("norm", self.norm, dtype=self.dtype))
             return bind_mode(norm, train=train and stage >= self.frozen_stages)
 
         preactivation = block_class(self.block).preactivation

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, check_images, classify, make_conv
+from wsbcn_flax.models._layers import (
+    ModuleFactory,
+    bind_mode,
+    check_images,
+    classify,
+    make_conv,
+    maker,
+)
 
 
 class VGG(nn.Module):
@@ -75,8 +82,8 @@ class VGG(nn.Module):
                 ``mutable=["batch_stats"]``.
         """
         check_images(images, halvings=len(self.stage_sizes))
-        conv = functools.partial(self.conv, dtype=self.dtype)
-        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
+        conv = maker("conv", self.conv, dtype=self.dtype)
+        norm = bind_mode(maker("norm", self.norm, dtype=self.dtype), train=train)
         x, outputs = images, []
         stages = zip(self.stage_sizes, self.stage_features, strict=True)
         for stage, (size, features) in enumerate(stages, start=1):

@@ -55,7 +55,7 @@ class _Static(NamedTuple):
     map_of_channels: MapOfChannels
     num_groups: int
     epsilon: float
-    count: int  # The number of positions of x.
+    size: int  # Number of positions of x.
 
 
 def scale_and_bias(parameters, like: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +192,7 @@ def _coefficients(static, residuals):
 
 def _evaluate(groups, static, residuals):
     raw, constants, parameters = residuals
-    moments = raw.moments(static.count)
+    moments = raw.moments(static.size)
     groups = groups(static.num_groups, moments.mean.shape[-1])
     channel_map, aux = static.map_of_channels(moments, constants, parameters, groups)
     slope, offset = _map(groups, static.epsilon, moments.mean, moments.var, channel_map)
@@ -227,7 +227,7 @@ def _coefficient_tangents(static, residuals, linear):
     # Here y is a function of x minus the given shift, which is zero in bfloat16.
     raw, constants, parameters = residuals
     total, along, parameter_tangents = linear
-    moments = raw.moments(static.count)
+    moments = raw.moments(static.size)
     groups = groups_of(static.num_groups, moments.mean.shape[-1])
 
     def evaluate(mean, var, parameters):
@@ -236,7 +236,7 @@ def _coefficient_tangents(static, residuals, linear):
         return _map(groups, static.epsilon, mean, var, channel_map)
 
     primals = moments.mean, moments.var, parameters
-    tangents = tangents_of_moments(total, along, moments, static.count)
+    tangents = tangents_of_moments(total, along, moments, static.size)
     slope, offset = jax.jvp(evaluate, primals, (*tangents, parameter_tangents))[1]
     if raw.shift is None:
         offset = offset - moments.shift * slope
@@ -266,7 +266,7 @@ def _pulled_coefficients(groups, static, residuals, cotangents):
     """
     raw, constants, parameters = residuals
     of_slope, of_offset = cotangents
-    moments = raw.moments(static.count)
+    moments = raw.moments(static.size)
     if raw.shift is None:
         of_slope = of_slope - moments.shift * of_offset
     mean, var = moments.mean, moments.var
@@ -305,7 +305,7 @@ def _pulled_coefficients(groups, static, residuals, cotangents):
             of_map,
         )
     )
-    count = divisor(moments.weight, static.count)
+    count = divisor(moments.weight, static.size)
     of_total = -slope * (by_std * d + of_mean_d * std) / count / std
     of_along = -jnp.square(slope) * by_std / count / std
     return of_total, of_along, of_parameters

@@ -268,7 +268,7 @@ class Experiment:
                     self.evaluate,
                     program,
                     # In a log, lines of evaluations would hide those of the training.
-                    show_progress=config.show_progress and sys.stdout.isatty(),
+                    show_progress=config.show_progress and sys.stderr.isatty(),
                 ),
                 **options,
             )

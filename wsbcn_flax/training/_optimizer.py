@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -92,6 +93,11 @@ class OptimizerConfig:
                 f"schedule={self.schedule!r}."
             )
 
+        if any(a >= b for a, b in itertools.pairwise((0.0, *self.milestones))):
+            raise ValueError(
+                f"milestones must be positive epochs that increase, received {self.milestones}."
+            )
+
     def make_schedule(self, *, steps_per_epoch: int, epochs: float) -> optax.Schedule:
         """Makes the learning rate as a function of the step.
 
@@ -102,7 +108,8 @@ class OptimizerConfig:
         if total <= warmup:
             raise ValueError(
                 f"Training must outlast its warm-up, received {epochs} epochs ({total} steps) of "
-                f"which {self.warmup_epochs} ({warmup} steps) warm up."
+                f"which {self.warmup_epochs} ({warmup} steps) warm up. Train longer, or lower "
+                "optim.warmup_epochs."
             )
         match self.schedule:
             case "constant":

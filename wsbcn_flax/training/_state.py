@@ -50,6 +50,11 @@ class TrainState:
             >>> int(state.step), state.batch_stats
             (0, {})
         """
+        if "params" not in variables:
+            raise ValueError(
+                'variables must be what model.init returned, with a collection "params", received '
+                f"{sorted(variables)}."
+            )
         params = variables["params"]
         if loss_scale is not None:  # Its numbers are Python's, so a step would change their dtypes.
             loss_scale = loss_scale.replace(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -79,6 +80,7 @@ def make_train_step(
         scaled, they include ``loss_scale`` and ``skipped``, which is 1 for a skipped step.
 
     Raises:
+        TypeError: For a model in place of a task.
         ValueError: For ``reduce_dtype`` without ``axis_name``. When traced, for an empty batch or
             one that the micro-batches do not divide.
         AssertionError: When traced, if the update changes a shape or dtype of the state, since the
@@ -97,6 +99,11 @@ def make_train_step(
         >>> float(metrics["loss"]), round(float(state.params["w"]), 3)
         (1.0, 0.2)
     """
+    if isinstance(task, nn.Module):
+        raise TypeError(
+            "task must be a Task or a loss function, received a model. Wrap it, as in "
+            f"Classification(model={type(task).__name__}(...))."
+        )
     if reduce_dtype is not None and axis_name is None:
         raise ValueError(
             "reduce_dtype is for a step that reduces its gradients itself, received "

@@ -46,7 +46,16 @@ def join_processes(*, cluster: bool = False, heartbeat_timeout: int = 100) -> No
     described = _described(os.environ)
     if not (described or cluster):
         return
-    jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_timeout)
+    if heartbeat_timeout < 1:
+        raise ValueError(f"heartbeat_timeout must be at least 1 s, received {heartbeat_timeout}.")
+    try:
+        jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_timeout)
+    except ValueError as error:
+        raise ValueError(
+            "cluster needs SLURM, Open MPI, Kubernetes or a Cloud TPU, received a machine where "
+            f"JAX finds none ({error}) Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+            "and JAX_PROCESS_ID."
+        ) from error
     sys.excepthook = _print_and_leave
 
 

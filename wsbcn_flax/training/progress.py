@@ -1,9 +1,10 @@
 """Progress display of a loop: a live bar on a terminal, a few plain lines in a log."""
 
+import functools
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from wsbcn_flax._extras import require
 
@@ -29,10 +30,11 @@ class Progress:
         enabled: Whether to show anything.
         live: Whether a thread redraws the bar between updates. Turn it off while measuring times,
             since the thread competes with the measured code.
-        console: Console to print to; defaults to rich's own, on the standard output.
+        console: Console to print to; defaults to the standard error.
 
     Example:
-        >>> with Progress("evaluate", total=1) as progress:
+        >>> from rich.console import Console
+        >>> with Progress("evaluate", total=1, console=Console()) as progress:
         ...     progress.update(1, {"error": 0.25})
         evaluate 1/1, 0:00:00 left, error 0.25
     """
@@ -49,7 +51,7 @@ class Progress:
     ):
         self._display: _Bar | _Lines | None = None
         if enabled:
-            console = console or cast("Console", require("rich", extra="train").get_console())
+            console = console or _standard_error()
             # With FORCE_COLOR, rich mistakes a log for a terminal, hence isatty.
             if console.is_interactive and console.file.isatty():
                 self._display = _Bar(console, description, start, total, live=live)
@@ -83,6 +85,11 @@ class Progress:
             step, metrics = self._pending
             self._display.show(step, ", ".join(f"{name} {_text(x)}" for name, x in metrics.items()))
             self._pending = None
+
+
+@functools.cache  # Bars of one console can be shown together.
+def _standard_error() -> "Console":
+    return require("rich.console", extra="train").Console(stderr=True)
 
 
 class _Bar:

@@ -216,6 +216,8 @@ def _nothing_matched(rule: str, leaves: Leaves, *, has_norms: bool = True) -> st
     kernels = [path for path, leaf in leaves.items() if leaf.ndim >= 2]
     shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")
     reason = "" if has_norms else "No normalization has a parameter named scale here. "
+    if all(path.startswith(("params/", "batch_stats/")) for path in leaves):
+        reason += 'These are variables: pass variables["params"]. '
     return (
         f"A path rule must match at least one kernel, and {rule} matched none of "
         f"[{shown or 'no kernels at all'}]. {reason}The default takes convolution kernels (rank 3 "

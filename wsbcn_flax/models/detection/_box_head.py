@@ -1,11 +1,9 @@
 """The box head of Faster and Mask R-CNN."""
 
-import functools
-
 import flax.linen as nn
 import jax
 
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, make_conv
+from wsbcn_flax.models._layers import ModuleFactory, bind_mode, make_conv, maker
 from wsbcn_flax.models.detection._fpn import kernel_init as uniform_init
 from wsbcn_flax.ops._checks import statistics_dtype
 
@@ -55,8 +53,8 @@ class BoxHead(nn.Module):
             train: Whether normalizations use and update training statistics.
         """
         normal = nn.initializers.normal
-        conv = functools.partial(self.conv, dtype=self.dtype)
-        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
+        conv = maker("conv", self.conv, dtype=self.dtype)
+        norm = bind_mode(maker("norm", self.norm, dtype=self.dtype), train=train)
         for i in range(1, 5):
             x = make_conv(conv, self.features, 3, kernel_init=normal(0.01), name=f"conv{i}")(x)
             x = nn.relu(norm(name=f"norm{i}")(x))

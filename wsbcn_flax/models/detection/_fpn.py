@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, make_conv
+from wsbcn_flax.models._layers import ModuleFactory, bind_mode, make_conv, maker
 from wsbcn_flax.models._padding import Padding
 
 # PyTorch's kaiming_uniform with a=1.
@@ -64,9 +64,9 @@ class FPN(nn.Module):
             padding: Padding of the images, to leave out of statistics; ``MaskRCNN`` makes it.
         """
         padding = padding or Padding(None, (0, 0))
-        conv = functools.partial(self.conv, dtype=self.dtype)
+        conv = maker("conv", self.conv, dtype=self.dtype)
         conv = functools.partial(make_conv, conv, self.features, kernel_init=kernel_init)
-        norm = padding.leave_out_of(functools.partial(self.norm, dtype=self.dtype))
+        norm = padding.leave_out_of(maker("norm", self.norm, dtype=self.dtype))
         norm = bind_mode(norm, train=train)
 
         levels: list[jax.Array] = []

@@ -1,13 +1,11 @@
 """The mask head of Mask R-CNN."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from wsbcn_flax.models._layers import ModuleFactory, bind_mode, kernel_init, make_conv
+from wsbcn_flax.models._layers import ModuleFactory, bind_mode, kernel_init, make_conv, maker
 from wsbcn_flax.ops._checks import statistics_dtype
 
 
@@ -52,8 +50,8 @@ class MaskHead(nn.Module):
             x: Features of regions [N, S, S, C].
             train: Whether normalizations use and update training statistics.
         """
-        conv = functools.partial(self.conv, dtype=self.dtype)
-        norm = bind_mode(functools.partial(self.norm, dtype=self.dtype), train=train)
+        conv = maker("conv", self.conv, dtype=self.dtype)
+        norm = bind_mode(maker("norm", self.norm, dtype=self.dtype), train=train)
         for i in range(1, 5):
             x = make_conv(conv, self.features, 3, name=f"conv{i}")(x)
             x = nn.relu(norm(name=f"norm{i}")(x))
