@@ -164,7 +164,7 @@ def aot(
     chip = CHIPS.get(topology.partition(":")[0]) if platform == "tpu" else None
     with Progress("compile", total=len(figures) * len(variants)) as progress:
         for number, (batch, name) in enumerate(itertools.product(figures, variants), start=1):
-            progress.note(f"{name}, {batch} images a chip")
+            progress.note(f"{name}, batch {batch} a chip")
             variant = resized(variants[name], batch, micro)
             lowered = variant.experiment().lower(devices)
             trips = variant.batch.micro_batches(chips).count
@@ -175,10 +175,10 @@ def aot(
             if json is not None:
                 write_json(json, figures if len(figures) > 1 else figures[batch])
     for batch, of_batch in figures.items():
-        _print_tables(f"{recipe}, {where}, {batch} images a chip", rows_with_ratios(of_batch))
+        _print_tables(f"{recipe}, {where}, batch {batch} a chip", rows_with_ratios(of_batch))
         if chip is not None and profile:
             for name in of_batch:
-                _print_profile(f"{name}, {batch} images a chip", profiles[batch, name], chip)
+                _print_profile(f"{name}, batch {batch} a chip", profiles[batch, name], chip)
     if any(row["custom_calls"] for rows in figures.values() for row in rows.values()):
         rich.print(
             "The compiler does not estimate custom calls. Each counts as 3,000 cycles or as the "

@@ -173,7 +173,7 @@ def _crash(options: CrashOptions) -> None:
         "metrics.jsonl equal": "yes" if report.same_metrics else "no",
     }
     rows = [{"what": name, "result": result} for name, result in results.items()]
-    rich.print(table(f"{options.recipe}, killed {len(report.killed_at)} times", rows))
+    rich.print(table(f"{options.recipe}, kills: {len(report.killed_at)}", rows))
     if len(report.killed_at) < options.kills:
         raise RuntimeError("The training ended before its last kill; raise --epochs.")
     if report.differing or not report.same_metrics:

@@ -46,7 +46,7 @@ def test_compiles_for_the_cpu_at_several_sizes(tmp_path, capsys):
         assert row["total_bytes"] >= row["temp_bytes"] + row["argument_bytes"] > 0
     printed = capsys.readouterr().out
     assert "Ratios" in printed
-    assert "2 images a chip" in printed
+    assert "batch 2 a chip" in printed
 
 
 def test_says_what_fits_and_what_it_needs(capsys):

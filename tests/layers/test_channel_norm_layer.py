@@ -2,11 +2,13 @@
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from oracles import normal, tree_relative_error
 
-from wsbcn_flax import ChannelNorm
+from wsbcn_flax import BatchChannelNorm, ChannelNorm
 
 
 @pytest.mark.usefixtures("x64")
@@ -64,3 +66,13 @@ def test_a_mask_leaves_positions_out():
 def test_groups_that_do_not_fit_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ChannelNorm(**options).init(jax.random.key(0), jnp.ones((2, 4, 8)))
+
+
+@pytest.mark.parametrize("norm", [ChannelNorm(2), BatchChannelNorm(2, use_running_average=True)])
+def test_an_exported_program_takes_any_size(norm):
+    x = normal(0, 2, 6, 5, 4)
+    variables = norm.init(jax.random.key(0), x)
+    shape = (*jax.export.symbolic_shape("b, h, w"), 4)
+    apply = jax.jit(lambda x: norm.apply(variables, x))
+    exported = jax.export.export(apply)(jax.ShapeDtypeStruct(shape, x.dtype))
+    np.testing.assert_allclose(exported.call(x), apply(x), atol=1e-5)

@@ -9,7 +9,7 @@ with exact sums it costs nothing.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -229,13 +229,18 @@ def _three_values(x, mask) -> tuple[jax.Array, ...]:
     """Picks three values [B, C], at a quarter, half and three quarters of the positions."""
     quarters = (1, 2, 3)  # Along every axis or, with a mask, among the positions that count.
     if mask is None:
-        return tuple(x[:, *(n * q // 4 for n in x.shape[1:-1])] for q in quarters)
+        return tuple(x[:, *(_index(n * q // 4) for n in x.shape[1:-1])] for q in quarters)
     valid = mask.reshape(x.shape[0], -1, 1) > 0
     pixels = jnp.where(valid, x.reshape(x.shape[0], -1, x.shape[-1]), 0)
     rank = jnp.cumsum(valid, 1)  # 1 for the first position that counts.
     wanted = (rank[:, -1:] * q // 4 + 1 for q in quarters)
     indices = (jnp.argmax(rank >= jnp.minimum(w, rank[:, -1:]), 1, keepdims=True) for w in wanted)
     return tuple(jnp.take_along_axis(pixels, index, 1)[:, 0] for index in indices)
+
+
+def _index(place: Any) -> Any:
+    """Returns an index; a symbolic one, of an exported program, must be an array."""
+    return place if isinstance(place, int) else jnp.asarray(place)
 
 
 def distance_from(shift: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
