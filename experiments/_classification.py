@@ -26,7 +26,7 @@ class ClassificationRecipe(Recipe):
     """A run of image classification.
 
     Attributes:
-    data: Dataset.
+        data: Dataset.
         model: Network.
         label_smoothing: Probability spread over all classes in the training loss.
     """

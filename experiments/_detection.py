@@ -149,6 +149,8 @@ class DetectionRecipe(Recipe):
 
     def data_of_run(self, facts: Mapping[str, Any]) -> DetectionData:
         """Returns the data of a run that recorded these facts; indexes only what is used."""
+        if missing := set(COCO_FACTS["coco"]) - set(facts):
+            raise KeyError(f"no {', '.join(sorted(missing))}")
         return DetectionData(self.data, self.model.with_mask, facts)
 
     def experiment(self, data: DetectionData | None = None) -> Experiment:

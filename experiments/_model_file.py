@@ -80,7 +80,10 @@ class TrainedModel:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors = require("safetensors.numpy", extra="convert")
         content = safetensors.save(arrays, metadata={_KEY: json.dumps(fields)})
-        path.write_bytes(content)  # Unlike `save_file`, with the user's permissions.
+        # Unlike `save_file`, with the user's permissions, and whole or not at all.
+        partial = path.with_name(f"{path.name}.tmp")
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 def load_model(path: Path) -> TrainedModel:

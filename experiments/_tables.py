@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-_FIGURES = (".png", ".pdf", ".svg", ".jpg", ".webp")
+_FIGURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 Column = tuple[str, Callable[[Any], str]]
 
 
@@ -56,7 +56,7 @@ def check_writable(path: Path | None, *, option: str = "--json", figure: bool = 
     """Raises OSError or ValueError if a file cannot be written; called before minutes of work."""
     if path is None:
         return
-    if figure and path.suffix not in _FIGURES:
+    if figure and path.suffix.lower() not in _FIGURES:
         raise ValueError(f"{option} must end in {', '.join(_FIGURES)}, received {path}.")
     is_new = not path.exists()
     try:

@@ -102,7 +102,8 @@ def aot(
         remat: Whether residual blocks are computed again in the backward pass.
         reduce_dtype: Dtype in which devices add up gradients; their own if None.
         compiler_options: Options of XLA, as alternating names and values.
-        fits: Memory of a device in GiB. If given, only finds the largest micro-batch that fits.
+        fits: Memory of a device in GiB. If given, only finds the largest micro-batch that fits;
+            goes without json, against, micro and profile.
         profile: Whether to list the costliest modules of each step.
         json: File to write the figures to.
 
@@ -113,11 +114,11 @@ def aot(
         raise ValueError(
             f"per_device_batch must be numbers of images, at least 1, received {per_device_batch}."
         )
-    if fits is not None and (fits <= 0 or json or against or micro or profile):
-        raise ValueError(
-            "--fits must be a positive number of GiB, and goes without --json, --against, --micro "
-            f"and --profile, received {fits}."
-        )
+    others = {"--json": json, "--against": against, "--micro": micro, "--profile": profile}
+    if fits is not None and fits <= 0:
+        raise ValueError(f"--fits must be a positive number of GiB, received {fits}.")
+    if fits is not None and (given := [name for name, value in others.items() if value]):
+        raise ValueError(f"--fits goes without {', '.join(others)}, received {', '.join(given)}.")
     if profile and platform != "tpu":
         raise ValueError(f"--profile needs the estimates of --platform tpu, received {platform}.")
     check_writable(json)

@@ -74,7 +74,8 @@ def compare(options: CompareOptions) -> list[Result]:
     """Runs every combination and writes the table, the JSON and the figure.
 
     Raises:
-        ValueError: For an unknown recipe or a micro-batch size that does not divide the batch.
+        ValueError: For a task without a test error, an unknown recipe, or a micro-batch size that
+            does not divide the batch.
         ImportError: If a figure is wanted without matplotlib; raised before anything runs.
     """
     started = time.monotonic()

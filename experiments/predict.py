@@ -37,15 +37,14 @@ def predict(
     stacked = jax.tree.map(lambda *each: np.stack(each), *inputs)
     batch = jax.device_get(jax.jit(trained.predict_fn())(stacked))
     outputs = [jax.tree.map(lambda x, row=row: x[row], batch) for row in range(len(files))]
-    rows = [
-        {"file": path.name} | row
-        for path, output in zip(files, outputs, strict=True)
-        for row in recipe.describe_output(output, data, top=top)
-    ]
+    rows = []
+    for path, output in zip(files, outputs, strict=True):
+        found = recipe.describe_output(output, data, top=top)
+        rows += [{"file": path.name} | row for row in found]
+        if not found:
+            print(f"{path}: nothing was found.")
     if rows:
         rich.print(table(f"{model}", rows))
-    for path in sorted({path.name for path in files} - {row["file"] for row in rows}):
-        print(f"{path}: nothing was found.")
 
 
 main = make_main(predict)

@@ -139,7 +139,7 @@ def test_values_of_another_version_are_refused(change):
 @pytest.mark.parametrize(
     "name", ["digits_resnet8_bcnws", "digits_resnet8", "digits_vgg16_bn", "", "imagenet"]
 )
-def test_unknown_name_lists_what_there_is(name):
+def test_an_unknown_name_is_told_the_nearest(name):
     with pytest.raises(ValueError, match=r"Did you mean .*train --help"):
         get_recipe(name)
 

@@ -263,6 +263,23 @@ class Counter(nnx.Module):
         return x
 
 
+class Remat(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.remat(lambda layer, x: layer(x))(self.layer, x)
+
+
+def test_transforms_of_nnx_may_replace_traced_parameters():
+    model = Functional(Remat)
+    variables = model.init(jax.random.key(0))
+    with jax.numpy_rank_promotion("allow"):
+        loss = lambda v: jnp.sum(model.apply(v, X[..., :3], train=True))  # noqa: E731
+        gradients = jax.jit(jax.grad(loss))(variables)
+    assert float(optax.tree.norm(gradients)) > 0
+
+
 VARIABLES = TINY.init(jax.random.key(0))
 BAD = {
     "no mutable": (

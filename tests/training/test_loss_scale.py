@@ -69,18 +69,21 @@ def test_a_gradient_that_float16_loses_is_kept():
     assert float(kept["grad_norm"]) == pytest.approx(1e-8 / 3**0.5, rel=1e-2)
 
 
-def test_parameters_in_float16_are_trained():
-    """65536, where Flax's scale starts, is not finite in float16."""
+@pytest.mark.parametrize(("factor", "scale"), [(0.01, 2.0**16), (1e4, 1.0)])
+def test_parameters_in_float16_are_trained(factor, scale):
+    """65536, where Flax's scale starts, is not finite in float16, nor is the square of 1000."""
 
-    def small(params, batch_stats, batch, *, rng):
-        return 0.01 * jnp.mean(params["w"].astype(jnp.float32) ** 2), (batch_stats, {})
+    def loss_fn(params, batch_stats, batch, *, rng):
+        return factor * jnp.mean(params["w"].astype(jnp.float32)), (batch_stats, {})
 
     state = TrainState.create(
         {"params": {"w": jnp.ones(4, jnp.float16)}}, OPTIMIZER, loss_scale=DynamicScale()
     )
-    state, metrics = jax.jit(make_train_step(small, OPTIMIZER))(state, make_batch())
+    state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
+    state, metrics = jax.jit(make_train_step(loss_fn, OPTIMIZER))(state, make_batch())
     assert float(metrics["skipped"]) == 0
-    np.testing.assert_allclose(state.params["w"], 1 - 0.5 * 0.02 / 4, rtol=1e-3)
+    assert float(metrics["grad_norm"]) == pytest.approx(factor / 2, rel=1e-3)
+    np.testing.assert_allclose(state.params["w"], 1 - 0.5 * factor / 4, rtol=1e-3)
 
 
 def test_a_step_that_overflows_is_skipped_and_the_scale_recovers():

@@ -86,10 +86,11 @@ def test_boxed_parameters_are_those_inside():
     """As `nn.with_partitioning` makes them."""
     plain = {"conv": {"kernel": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2)}}
     boxed = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), plain)
-    config = OptimizerConfig(weight_decay=0.1, bias_factor=2.0, frozen=("head/kernel",))
+    frozen = ("head/kernel", "prelu/value")
+    config = OptimizerConfig(weight_decay=0.1, bias_factor=2.0, frozen=frozen)
     updates = []
     for params in (plain, boxed):
-        params = {**params, "head": params["conv"]}
+        params = {**params, "head": params["conv"], "prelu": {"value": jnp.ones(2)}}
         optimizer = config.make(optax.constant_schedule(0.1))
         update, _ = optimizer.update(params, optimizer.init(params), params)
         updates.append(nn.unbox(update))

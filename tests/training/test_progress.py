@@ -142,6 +142,13 @@ def test_an_empty_loop_shows_nothing_in_a_log():
     assert run(log(), 0) == ""
 
 
+def test_what_a_loop_prints_stays_in_the_standard_output(capsys):
+    """A bar takes what is printed only if both are on a terminal."""
+    with Progress("train", total=1, console=terminal()):
+        print("printed")
+    assert capsys.readouterr().out == "printed\n"
+
+
 def test_the_default_is_the_standard_error(capsys):
     with Progress("train", total=1) as progress:
         progress.update(1)

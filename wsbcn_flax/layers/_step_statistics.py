@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from wsbcn_flax.ops import RunningStats
+from wsbcn_flax.ops._checks import statistics_dtype
 
 CALLS = "calls"  # Name of a layer's sums in the step's batch_stats.
 
@@ -37,7 +38,11 @@ class CallSums(NamedTuple):
         """Returns the sums before the first call."""
         mean, var, count = stats
         # The weights are fractions, also if the count is an integer.
-        return cls(jnp.zeros_like(mean), jnp.zeros_like(var), jnp.zeros_like(count, mean.dtype))
+        return cls(
+            jnp.zeros_like(mean),
+            jnp.zeros_like(var),
+            jnp.zeros_like(count, statistics_dtype(mean.dtype)),
+        )
 
     def add(self, new: RunningStats, mask: jax.Array | None) -> "CallSums":
         """Returns the sums after a call that alone would have made the statistics ``new``."""

@@ -98,7 +98,8 @@ class Functional:
                 layer.calls = nnx.BatchStat(sums.pop(tuple(map(str, path))))
         fixed = _fixed_arrays(model)
         outputs = model(*inputs)
-        _check_unchanged(fixed, _fixed_arrays(model))
+        parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        _check_unchanged(fixed, _fixed_arrays(model), parameters)
         if not mutable:
             return outputs
         if not stats:
@@ -150,8 +151,17 @@ def _fixed_arrays(model: Any) -> dict[tuple[Any, ...], Any]:
     return {path: v.get_raw_value() if isinstance(v, nnx.Variable) else v for path, v in state}
 
 
-def _check_unchanged(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
-    if changed := [path for path in before if after.get(path) is not before[path]]:
+def _check_unchanged(
+    before: Mapping[Any, Any], after: Mapping[Any, Any], parameters: Collection[Any]
+) -> None:
+    """Raises ValueError if a call has replaced an array."""
+
+    # Transforms such as nnx.remat replace traced parameters by traced values equal to them.
+    def is_traced_parameter(path: Any) -> bool:
+        return path in parameters and isinstance(after.get(path), jax.core.Tracer)
+
+    replaced = [path for path in before if after.get(path) is not before[path]]
+    if changed := [path for path in replaced if not is_traced_parameter(path)]:
         raise ValueError(
             "A call may change nnx.BatchStat only: other changes do not reach the next call. It "
             f"changed {'/'.join(map(str, changed[0]))}: make that an nnx.BatchStat."

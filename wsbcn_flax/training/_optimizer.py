@@ -10,6 +10,7 @@ import jax
 import optax
 from flax import nnx
 from flax.core import meta
+from jax.tree_util import GetAttrKey
 
 Kind = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine"]
@@ -189,8 +190,9 @@ def _bias_mask(params: Any) -> Any:
 
 
 def path_of(path: Any) -> str:
-    """Returns a parameter's path, such as "conv/kernel", without what is inside a box."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    """Returns a parameter's path, such as "conv/kernel", without the attribute inside a box."""
+    is_inside = isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
+    return jax.tree_util.keystr(path[:-1] if is_inside else path, simple=True, separator="/")
 
 
 def _map_paths(function: Callable[[str], Any], params: Any) -> Any:

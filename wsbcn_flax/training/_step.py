@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from flax.core import FrozenDict, freeze
 from jax import lax
 
@@ -99,7 +100,7 @@ def make_train_step(
         >>> float(metrics["loss"]), round(float(state.params["w"]), 3)
         (1.0, 0.2)
     """
-    if isinstance(task, nn.Module):
+    if isinstance(task, nn.Module | nnx.Module):
         raise TypeError(
             "task must be a Task or a loss function, received a model. Wrap it, as in "
             f"Classification(model={type(task).__name__}(...))."
@@ -147,12 +148,13 @@ def make_train_step(
             batch_stats = advance(state.batch_stats, out.batch_stats)
         if isinstance(state.batch_stats, FrozenDict):
             batch_stats = freeze(batch_stats)
-        weight = out.metrics["loss"].weight
+        # In two divisions: the product of weight and scale may not be finite.
+        totals, weight = out.gradients, out.metrics["loss"].weight
         if state.loss_scale is not None:
-            weight = weight * state.loss_scale.scale
-        gradients = _mean_gradients(out.gradients, weight, pull_back, like=transformed)
+            totals = jax.tree.map(lambda g: g / state.loss_scale.scale, totals)
+        gradients = _mean_gradients(totals, weight, pull_back, like=transformed)
         metrics = {name: mean.divide() for name, mean in out.metrics.items()}
-        metrics["grad_norm"] = optax.tree.norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(jax.tree.map(_wide, gradients))
         with jax.named_scope("optimizer"):
             update = optax.with_extra_args_support(optimizer).update
             updates, opt_state = update(
@@ -214,13 +216,14 @@ def _in_means(loss_fn: LossFn) -> ScalarLossFn:
 
 def _mean(value: Any) -> Mean:
     """Returns a loss or metric as a ``Mean`` in float32 or wider, to be added up."""
-
-    def widen(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        return x.astype(statistics_dtype(x.dtype))
-
-    value = jax.tree.map(widen, value)
+    value = jax.tree.map(_wide, value)
     return value if isinstance(value, Mean) else Mean(value, jnp.ones_like(value))
+
+
+def _wide(x: Any) -> jax.Array:
+    """Returns an array in float32 or wider."""
+    x = jnp.asarray(x)
+    return x.astype(statistics_dtype(x.dtype))
 
 
 def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:

@@ -51,9 +51,11 @@ def join_processes(*, cluster: bool = False, heartbeat_timeout: int = 100) -> No
     try:
         jax.distributed.initialize(**described, heartbeat_timeout_seconds=heartbeat_timeout)
     except ValueError as error:
+        if described or "should be defined" not in str(error):
+            raise
         raise ValueError(
             "cluster needs SLURM, Open MPI, Kubernetes or a Cloud TPU, received a machine where "
-            f"JAX finds none ({error}) Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+            f"JAX finds none ({error}). Elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
             "and JAX_PROCESS_ID."
         ) from error
     sys.excepthook = _print_and_leave

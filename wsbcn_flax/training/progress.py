@@ -1,6 +1,7 @@
 """Progress display of a loop: a live bar on a terminal, a few plain lines in a log."""
 
 import functools
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -107,6 +108,8 @@ class _Bar:
             bars.TextColumn("{task.fields[metrics]}", markup=False, table_column=rest),
             console=console,
             auto_refresh=live,
+            # Into a file, what the loop prints must go there, and not beside the bar.
+            redirect_stdout=sys.stdout.isatty(),
             expand=True,
             speed_estimate_period=300,
         )

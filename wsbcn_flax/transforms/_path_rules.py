@@ -123,7 +123,7 @@ def _match_entries(
 
 
 def _match(pattern: str, leaves: Leaves, *, stacked_axes: int) -> list[str]:
-    """Lists leaves of rank 2 in a layer whose path, or whose module's path, the pattern matches."""
+    """Lists leaves, of rank 2 or more in a layer, whose or whose module's path matches."""
     return [
         path
         for path, leaf in leaves.items()
@@ -216,7 +216,7 @@ def _nothing_matched(rule: str, leaves: Leaves, *, has_norms: bool = True) -> st
     kernels = [path for path, leaf in leaves.items() if leaf.ndim >= 2]
     shown = ", ".join(kernels[:8]) + (", ..." if len(kernels) > 8 else "")
     reason = "" if has_norms else "No normalization has a parameter named scale here. "
-    if all(path.startswith(("params/", "batch_stats/")) for path in leaves):
+    if any(path.startswith("params/") for path in leaves):
         reason += 'These are variables: pass variables["params"]. '
     return (
         f"A path rule must match at least one kernel, and {rule} matched none of "
