@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx, traverse_util
+from jax.core import Tracer
 
 from wsbcn_flax.layers._step_statistics import CALLS, advance, collected, collecting
 from wsbcn_flax.nnx._batch_channel_norm import BatchChannelNorm
@@ -158,7 +159,7 @@ def _check_unchanged(
 
     # Transforms such as nnx.remat replace traced parameters by traced values equal to them.
     def is_traced_parameter(path: Any) -> bool:
-        return path in parameters and isinstance(after.get(path), jax.core.Tracer)
+        return path in parameters and isinstance(after.get(path), Tracer)
 
     replaced = [path for path in before if after.get(path) is not before[path]]
     if changed := [path for path in replaced if not is_traced_parameter(path)]:

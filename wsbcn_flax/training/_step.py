@@ -151,7 +151,8 @@ def make_train_step(
         # In two divisions: the product of weight and scale may not be finite.
         totals, weight = out.gradients, out.metrics["loss"].weight
         if state.loss_scale is not None:
-            totals = jax.tree.map(lambda g: g / state.loss_scale.scale, totals)
+            scale = state.loss_scale.scale
+            totals = jax.tree.map(lambda g: g / scale, totals)
         gradients = _mean_gradients(totals, weight, pull_back, like=transformed)
         metrics = {name: mean.divide() for name, mean in out.metrics.items()}
         metrics["grad_norm"] = optax.tree.norm(jax.tree.map(_wide, gradients))
