@@ -73,13 +73,14 @@ def relative_error(actual, expected) -> float:
 
 def tree_relative_error(actual, expected) -> float:
     """Returns the largest ``relative_error`` over the leaves of two trees of one structure."""
-    return max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected)))
+    # Python's max would pass over NaN.
+    return float(np.max(jax.tree.leaves(jax.tree.map(relative_error, actual, expected))))
 
 
 def relative_difference(one, other) -> float:
     """Returns the largest max |a - b| / max |a| over all arrays; both may be all zeros."""
     scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
-    return max(jax.tree.leaves(scaled))
+    return float(np.max(jax.tree.leaves(scaled)))
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:

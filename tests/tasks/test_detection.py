@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import normal
+from oracles import normal, relative_difference
 from scenes import GN, scenes, tiny
 
 from wsbcn_flax.ops.detection import AUTHORS
@@ -49,12 +49,6 @@ def run(batch, *, state=None, **split):
 @functools.cache
 def first_step():
     return run(scenes(8))
-
-
-def relative_difference(one, other):
-    """Returns the largest max |a - b| / max |a| over all arrays."""
-    scaled = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(a).max(), 1e-6), one, other)
-    return max(jax.tree.leaves(scaled))
 
 
 EACH_IMAGE_ALONE = {"devices": 4, "count": 2}
