@@ -85,7 +85,8 @@ def crash(options: CrashOptions, folder: Path) -> CrashReport:
     _wait_for_step(1, process, whole)
     startup = time.monotonic() - began
     _finish(process)
-    furthest, end = round(1.5 * _last_step(whole) / options.kills), _last_step(whole)
+    end = _last_step(whole)
+    furthest = round(1.5 * end / options.kills)
     moments = random.Random(options.seed)
     killed_at, lost = [], []
     with Progress("kill", total=options.kills) as progress:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rich
-import tyro
 
-from experiments._command import run_command
+from experiments._command import make_main
 from experiments._object_figures import AnnotatedImage, draw_annotated_images
 from wsbcn_flax._extras import require
 from wsbcn_flax.data import (
@@ -93,17 +92,7 @@ class Scene(NamedTuple):
     labels: list[int]
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    return run_command(
-        lambda argv: _write(
-            tyro.cli(ScenesOptions, args=argv, prog="python -m experiments.scenes")
-        ),
-        argv,
-    )
-
-
-def _write(options: ScenesOptions) -> None:
+def _scenes(options: ScenesOptions) -> None:
     items: dict[str, Any] = {
         split: load_split("fashion", name, data_dir=options.data_dir)
         for split, name in _ITEMS.items()
@@ -288,6 +277,8 @@ def _annotate(mask: np.ndarray) -> dict[str, Any]:
         "segmentation": encode_rle(mask),
     }
 
+
+main = make_main(_scenes, options=ScenesOptions)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -95,6 +95,12 @@ def statistics_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return dtype if wide else jnp.dtype(jnp.float32)
 
 
+def widened(x: jax.typing.ArrayLike) -> jax.Array:
+    """Returns an array in the dtype of its statistics, float32 or wider."""
+    x = jnp.asarray(x)
+    return x.astype(statistics_dtype(x.dtype))
+
+
 def check_channel_part(
     features: int, num_groups: int, *, scale: jax.Array | None, bias: jax.Array | None
 ) -> None:

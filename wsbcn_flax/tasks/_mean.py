@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from wsbcn_flax.ops._checks import statistics_dtype
+from wsbcn_flax.ops._checks import widened
 
 
 @struct.dataclass
@@ -46,8 +46,7 @@ class Mean:
         Raises:
             ValueError: If the shapes differ.
         """
-        values = jnp.asarray(values)
-        values = values.astype(statistics_dtype(values.dtype))
+        values = widened(values)
         if weight is None:
             return cls(jnp.sum(values), jnp.asarray(values.size, values.dtype))
         weight = jnp.asarray(weight, values.dtype)

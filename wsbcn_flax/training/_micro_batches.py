@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wsbcn_flax.ops._checks import statistics_dtype
+from wsbcn_flax.ops._checks import widened
 from wsbcn_flax.ops._explicit_axes import vary_over, varying_axes
 from wsbcn_flax.tasks import Batch, Metrics
 from wsbcn_flax.training._sums import pack_vectors
@@ -141,7 +141,7 @@ def _evaluate(loss_fn: ScalarLossFn, params, batch_stats, batch, rng) -> Evaluat
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
     (_, (new_batch_stats, metrics)), gradients = differentiate(params, batch_stats, batch, rng=rng)
     # In half precision, the sum over micro-batches would lose the gradients of small ones.
-    gradients = jax.tree.map(lambda g: g.astype(statistics_dtype(g.dtype)), gradients)
+    gradients = jax.tree.map(widened, gradients)
     return Evaluated(gradients, new_batch_stats, metrics)
 
 

@@ -15,7 +15,7 @@ from flax.core import FrozenDict, freeze
 from jax import lax
 
 from wsbcn_flax.layers._step_statistics import advance, collected, collecting
-from wsbcn_flax.ops._checks import statistics_dtype
+from wsbcn_flax.ops._checks import widened
 from wsbcn_flax.tasks import Batch, LossFn, Mean, Metrics, Task
 from wsbcn_flax.training._loss_scale import scale_loss, skip_if_not_finite
 from wsbcn_flax.training._micro_batches import (
@@ -155,7 +155,7 @@ def make_train_step(
             totals = jax.tree.map(lambda g: g / scale, totals)
         gradients = _mean_gradients(totals, weight, pull_back, like=transformed)
         metrics = {name: mean.divide() for name, mean in out.metrics.items()}
-        metrics["grad_norm"] = optax.tree.norm(jax.tree.map(_wide, gradients))
+        metrics["grad_norm"] = optax.tree.norm(jax.tree.map(widened, gradients))
         with jax.named_scope("optimizer"):
             update = optax.with_extra_args_support(optimizer).update
             updates, opt_state = update(
@@ -217,14 +217,8 @@ def _in_means(loss_fn: LossFn) -> ScalarLossFn:
 
 def _mean(value: Any) -> Mean:
     """Returns a loss or metric as a ``Mean`` in float32 or wider, to be added up."""
-    value = jax.tree.map(_wide, value)
+    value = jax.tree.map(widened, value)
     return value if isinstance(value, Mean) else Mean(value, jnp.ones_like(value))
-
-
-def _wide(x: Any) -> jax.Array:
-    """Returns an array in float32 or wider."""
-    x = jnp.asarray(x)
-    return x.astype(statistics_dtype(x.dtype))
 
 
 def _adds_calls_up(loss_fn: ScalarLossFn) -> ScalarLossFn:
